@@ -1,0 +1,46 @@
+"""Parameters and multiply-accumulates, counted the same way for every network of the project."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def parameter_count(*modules: nn.Module) -> int:
+    """Number of parameters in ``modules`` together; a shared parameter counts once."""
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
+def storage_bytes(*modules: nn.Module) -> int:
+    """Bytes of parameters and buffers in ``modules`` together; shared tensors count once."""
+    return sum(t.numel() * t.element_size() for t in unique_tensors(modules))
+
+
+def unique_tensors(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+    seen: dict[int, torch.Tensor] = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            seen[id(tensor)] = tensor
+    return list(seen.values())
+
+
+def as_arguments(inputs: Any) -> tuple[Any, ...]:
+    """A tuple or list is a call's positional arguments; anything else is one argument."""
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def macs(module: nn.Module, inputs: Any) -> int:
+    """Multiply-accumulates of ``module(*inputs)``: convolutions and matrix products, batch included.
+
+    Element-wise work and normalisation are not counted (the convention of the published figures).
+    Runs a copy in eval mode, so that neither mode nor buffers change.
+    """
+    runnable = copy.deepcopy(module).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        runnable(*as_arguments(inputs))
+    return counter.get_total_flops() // 2
