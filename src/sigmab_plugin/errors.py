@@ -25,3 +25,7 @@ class FormatError(SigmaBError, ValueError):
 
 class MissingDependencyError(SigmaBError, ImportError):
     """An optional library is needed; the message says which extra installs it."""
+
+
+class TrainingError(SigmaBError, ValueError):
+    """Training cannot start or go on: empty loader, targets that do not fit, a loss that is not finite."""
