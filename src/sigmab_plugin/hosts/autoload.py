@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SWITCH = "SIGMAB_AUTOLOAD"
 PRUNER_GROUP = "torch_pruning.pruners"
+_OFFERS = "__sigmab_offers__"
 
 Callback = Callable[[ModuleType], None]
 
@@ -151,6 +152,8 @@ class _WatchedSpec(ModuleSpec):
 def _watch(spec: Any) -> None:
     if type(spec) is ModuleSpec:
         spec.__class__ = _WatchedSpec
+        if not vars(spec)["_initializing"]:  # another thread finished the import just now
+            spec._initializing = False
 
 
 def _run_callbacks(module: ModuleType) -> None:
@@ -189,41 +192,37 @@ def _register_torch_pruning(host: ModuleType) -> None:
 
 
 def _offer(module: ModuleType) -> None:
-    """Give ``module`` the declared pruners as lazy attributes, by a subclass of its own class.
+    """Give ``module`` the declared pruners as lazy attributes (PEP 562), behind a ``__getattr__`` of its own."""
+    namespace = vars(module)
+    if _OFFERS in namespace and namespace["__getattr__"] is namespace[_OFFERS]:
+        return
+    host_getattr = namespace.get("__getattr__")
+    host_dir = namespace.get("__dir__")
 
-    A module-level ``__getattr__`` would replace one that the host may define; the class is asked after it.
-    """
-    vars(module)  # a module that loads lazily loads now, not in the middle of the change
-    with _lock:
-        base = type(module)
-        if issubclass(base, _Offers):
-            return
-        module.__class__ = type("ModuleWithPruners", (_Offers, base), {})
+    def __getattr__(name: str) -> Any:
+        if not name.startswith("_") and name in (declared := _declared_pruners()):
+            value = _load(declared[name], module)
+            namespace[name] = value
+            return value
+        if host_getattr is not None:
+            return host_getattr(name)
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*(host_dir() if host_dir is not None else namespace), *_declared_pruners()})
+
+    namespace["__getattr__"] = namespace[_OFFERS] = __getattr__
+    namespace["__dir__"] = __dir__
 
 
-class _Offers(ModuleType):
-    """Module whose missing attributes are looked up among the declared pruners."""
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("_"):
-            entry = _declared_pruners().get(name)
-            if entry is not None:
-                try:
-                    value = entry.load()
-                except Exception as error:
-                    raise AttributeError(
-                        f"{self.__name__}.{name} is offered by {_origin(entry)}, which cannot be loaded: "
-                        f"{type(error).__name__}: {error}"
-                    ) from error
-                setattr(self, name, value)
-                return value
-        fallback = getattr(super(), "__getattr__", None)
-        if fallback is not None:
-            return fallback(name)
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-
-    def __dir__(self) -> Iterable[str]:
-        return sorted({*super().__dir__(), *_declared_pruners()})
+def _load(entry: EntryPoint, module: ModuleType) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:
+        raise AttributeError(
+            f"{module.__name__}.{entry.name} is offered by {_origin(entry)}, which cannot be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 _pruners: dict[str, EntryPoint] | None = None
