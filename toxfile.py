@@ -1,4 +1,4 @@
-"""tox plug-in: skip, by name, the rows of the matrix for which only torch's multi-gigabyte CUDA build is at hand."""
+"""tox plug-in: skip, by name, the rows of the matrix for which only torch's huge CUDA build is at hand."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ CONSTRAINTS = Path(__file__).parent / "constraints" / "torch.txt"
 
 @impl
 def tox_on_install(tox_env: ToxEnv, arguments: Any, section: str, of_type: str) -> None:
-    """Before anything is installed into a row named after a Python (``py312-...``), look at the torch it would get."""
-    is_row = tox_env.name.startswith("py3")
-    if not is_row or not sys.platform.startswith("linux") or os.environ.get(ANY_TORCH):
+    """Before anything is installed into a row named after a Python (``py312-...``), look at its torch."""
+    if (
+        not tox_env.name.startswith("py3")
+        or not sys.platform.startswith("linux")
+        or os.environ.get(ANY_TORCH)
+    ):
         return
     version = _torch_version(str(tox_env.env_python()))  # type: ignore[attr-defined]
     if not version.endswith("+cpu"):
-        raise Skip(f"no CPU build of torch for this Python (found: {version or 'none'}); {ANY_TORCH}=1 runs it anyway")
+        raise Skip(f"no CPU build of torch here (found: {version or 'none'}); {ANY_TORCH}=1 runs it anyway")
 
 
 @lru_cache

@@ -13,7 +13,17 @@ import pytest
 import sigmab_plugin
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
-HEAVY = ("torch", "numpy", "torch_pruning", "nncf", "torch_geometric", "onnx", "openvino", "matplotlib", "sklearn")
+HEAVY = (
+    "torch",
+    "numpy",
+    "torch_pruning",
+    "nncf",
+    "torch_geometric",
+    "onnx",
+    "openvino",
+    "matplotlib",
+    "sklearn",
+)
 
 
 def test_import_is_light(run_python: RunPython) -> None:
@@ -34,7 +44,14 @@ def test_core_loads_no_optional_host(run_python: RunPython) -> None:
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     assert "torch" in done.stdout.split()
-    assert not set(done.stdout.split()) & {"nncf", "torch_geometric", "onnx", "openvino", "matplotlib", "sklearn"}
+    assert not set(done.stdout.split()) & {
+        "nncf",
+        "torch_geometric",
+        "onnx",
+        "openvino",
+        "matplotlib",
+        "sklearn",
+    }
 
 
 def test_public_names_resolve_and_are_declared_once() -> None:
@@ -45,7 +62,9 @@ def test_public_names_resolve_and_are_declared_once() -> None:
     # the TYPE_CHECKING block names the same things, so editors and mypy see what users get
     tree = ast.parse(Path(sigmab_plugin.__file__).read_text())
     guarded = next(node for node in tree.body if isinstance(node, ast.If))
-    imported = {alias.name for node in guarded.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    imported = {
+        alias.name for node in guarded.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
     assert imported | {"__version__"} == set(sigmab_plugin.__all__)
 
 

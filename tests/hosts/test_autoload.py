@@ -65,7 +65,9 @@ def package(folder: Path, name: str, module: str, groups: dict[str, dict[str, st
     info.mkdir(parents=True)
     (site / f"{name}.py").write_text(dedent(module))
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items()]
+    lines = [
+        f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items()
+    ]
     (info / "entry_points.txt").write_text("\n".join(lines))
     return site
 
@@ -180,7 +182,10 @@ def test_name_declared_twice_keeps_the_first(tmp_path: Path, run_python: RunPyth
 
 def test_a_stock_name_is_not_replaced(tmp_path: Path, run_python: RunPython) -> None:
     site = package(
-        tmp_path, "greedy", "BNScalePruner = 1\n", {"torch_pruning.pruners": {"BNScalePruner": "greedy:BNScalePruner"}}
+        tmp_path,
+        "greedy",
+        "BNScalePruner = 1\n",
+        {"torch_pruning.pruners": {"BNScalePruner": "greedy:BNScalePruner"}},
     )
     run_python(
         "import torch_pruning as tp; assert tp.pruner.BNScalePruner.__module__.startswith('torch_pruning')",

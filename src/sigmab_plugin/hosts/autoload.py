@@ -99,7 +99,9 @@ class _PostImportFinder:
             spec: ModuleSpec | None = find_spec(fullname, path, target) if find_spec is not None else None
             if spec is None:
                 continue
-            if hasattr(spec.loader, "exec_module"):  # a namespace folder of that name has no loader: not the host
+            if hasattr(
+                spec.loader, "exec_module"
+            ):  # a namespace folder of that name has no loader: not the host
                 spec.loader = _PostImportLoader(spec.loader)  # type: ignore[assignment]
             return spec
         return None
@@ -199,7 +201,7 @@ def _offer(module: ModuleType) -> None:
     host_getattr = namespace.get("__getattr__")
     host_dir = namespace.get("__dir__")
 
-    def __getattr__(name: str) -> Any:
+    def lazy_getattr(name: str) -> Any:
         if not name.startswith("_") and name in (declared := _declared_pruners()):
             value = _load(declared[name], module)
             namespace[name] = value
@@ -208,11 +210,11 @@ def _offer(module: ModuleType) -> None:
             return host_getattr(name)
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
-    def __dir__() -> list[str]:
+    def full_dir() -> list[str]:
         return sorted({*(host_dir() if host_dir is not None else namespace), *_declared_pruners()})
 
-    namespace["__getattr__"] = namespace[_OFFERS] = __getattr__
-    namespace["__dir__"] = __dir__
+    namespace["__getattr__"] = namespace[_OFFERS] = lazy_getattr
+    namespace["__dir__"] = full_dir
 
 
 def _load(entry: EntryPoint, module: ModuleType) -> Any:
