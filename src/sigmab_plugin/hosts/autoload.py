@@ -4,8 +4,8 @@ Neither Torch-Pruning nor NNCF looks for plug-ins, but ``import torch`` (2.5 and
 group ``torch.backends``. Ours, :func:`on_torch_import`, does no work there: it arms a post-import hook. When
 ``torch_pruning`` or ``nncf`` is imported, before or after torch, the hook registers what installed packages declare:
 
-* group ``torch_pruning.pruners``: each entry point becomes an attribute of ``torch_pruning.pruner``, loaded at first use;
-* group ``nncf.algorithms``: NNCF 2.x learns the algorithm names (NNCF 3 has no registry and is reached by functions).
+* group ``torch_pruning.pruners``: each becomes an attribute of ``torch_pruning.pruner``, loaded at first use;
+* group ``nncf.algorithms``: NNCF 2.x learns the names (NNCF 3 has no registry and is reached by functions).
 
 Nothing in here may break or slow down an import of torch or of a host: this module imports the standard library only,
 and every error is caught and logged once. ``SIGMAB_AUTOLOAD=0`` in the environment turns the hook off.
@@ -145,7 +145,7 @@ class _WatchedSpec(ModuleSpec):
         if value:
             return
         self.__class__ = ModuleSpec  # type: ignore[assignment]
-        self._initializing = value
+        vars(self)["_initializing"] = value
         module = sys.modules.get(self.name)
         if module is not None and module.__spec__ is self:  # absent where the import failed
             _run_callbacks(module)
