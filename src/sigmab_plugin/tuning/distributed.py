@@ -26,7 +26,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """This process's number; 0 without a process group."""
+    """Number of this process; 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
 
 

@@ -158,19 +158,53 @@ def hard_leaf(log_p: Tensor, leaves: tuple[str, ...]) -> Tensor:
     Returns:
         (B,) long, the index into ``leaves``.
     """
-    log_p = _wide(log_p.detach())
-    paths = [tuple(leaf.split("/")) for leaf in leaves]
-    return _descend(log_p, paths, list(range(len(leaves))), 0)
+    return _descend(_wide(log_p.detach()), _paths(leaves), list(range(len(leaves))), 0)
+
+
+def temper(log_p: Tensor, leaves: tuple[str, ...], temperature: float) -> Tensor:
+    """Path probabilities with the logits of every router divided by ``temperature``.
+
+    Branch probabilities are recovered from the sums over the leaves below, so this needs no access to the
+    routers and leaves hard routing unchanged. Shapes as in :func:`hard_leaf`; returns (B, K).
+    """
+    if temperature == 1.0:
+        return log_p
+    log_p = _wide(log_p).clamp(min=_LOG_P_FLOOR)
+    paths = _paths(leaves)
+    columns: dict[int, Tensor] = {}
+
+    def soften(members: list[int], depth: int, above: Tensor) -> None:
+        if len(members) == 1:
+            columns[members[0]] = above
+            return
+        branches = _branches(paths, members, depth)
+        mass = torch.stack([log_p[:, inside].logsumexp(1) for inside in branches], 1)
+        branch = F.log_softmax(mass / temperature, dim=1)
+        for position, inside in enumerate(branches):
+            soften(inside, depth + 1, above + branch[:, position])
+
+    soften(list(range(len(leaves))), 0, log_p.new_zeros(log_p.shape[0]))
+    return torch.stack([columns[leaf] for leaf in range(len(leaves))], 1)
+
+
+def _paths(leaves: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [tuple(leaf.split("/")) for leaf in leaves]
+
+
+def _branches(paths: list[tuple[str, ...]], members: list[int], depth: int) -> list[list[int]]:
+    """``members`` grouped by the branch that they take at ``depth``."""
+    branches: dict[str, list[int]] = {}
+    for leaf in members:
+        branches.setdefault(paths[leaf][depth], []).append(leaf)
+    return list(branches.values())
 
 
 def _descend(log_p: Tensor, paths: list[tuple[str, ...]], members: list[int], depth: int) -> Tensor:
     if len(members) == 1:
         return torch.full((log_p.shape[0],), members[0], dtype=torch.long, device=log_p.device)
-    branches: dict[str, list[int]] = {}
-    for leaf in members:
-        branches.setdefault(paths[leaf][depth], []).append(leaf)
-    mass = torch.stack([log_p[:, inside].logsumexp(1) for inside in branches.values()], 1)
-    below = torch.stack([_descend(log_p, paths, inside, depth + 1) for inside in branches.values()], 1)
+    branches = _branches(paths, members, depth)
+    mass = torch.stack([log_p[:, inside].logsumexp(1) for inside in branches], 1)
+    below = torch.stack([_descend(log_p, paths, inside, depth + 1) for inside in branches], 1)
     return below.gather(1, mass.argmax(1, keepdim=True)).squeeze(1)
 
 

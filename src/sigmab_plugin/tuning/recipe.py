@@ -1,0 +1,82 @@
+"""How to train: one frozen, JSON-serialisable record, and the three published recipes by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..config import TechniqueConfig, option
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainRecipe(TechniqueConfig):
+    """Optimiser, schedule and regularisation of one training run.
+
+    Defaults are the paper's ImageNet recipe (arXiv 2606.09924). Rates are for a *global* batch of
+    ``batch_size`` samples; the loader decides what the batch is, and nothing is rescaled behind your back.
+    """
+
+    algorithm: ClassVar[str] = "train"
+
+    optimizer: str = option("sgd", "optimiser", enum=("sgd", "adam", "adamw"))
+    lr: float = option(0.1, "peak learning rate, for a global batch of batch_size", exclusiveMinimum=0.0)
+    weight_decay: float = option(1e-4, "L2 penalty (sgd, adam) or decoupled decay (adamw)", minimum=0.0)
+    momentum: float = option(0.9, "momentum of sgd", minimum=0.0, exclusiveMaximum=1.0)
+    nesterov: bool = option(True, "Nesterov momentum, for sgd")
+    batch_size: int = option(256, "global batch that lr is meant for", minimum=1)
+    epochs: int = option(100, "epochs where the call gives none", minimum=1)
+    schedule: str = option("cosine", "learning rate after warm-up", enum=("cosine", "step", "constant"))
+    warmup_epochs: float = option(5.0, "linear warm-up, per iteration", minimum=0.0)
+    step_epochs: int = option(20, "epochs between decays, for schedule step", minimum=1)
+    step_gamma: float = option(
+        0.7, "factor of one decay, for schedule step", exclusiveMinimum=0.0, maximum=1.0
+    )
+    label_smoothing: float = option(0.1, "of the classification loss", minimum=0.0, exclusiveMaximum=1.0)
+    grad_clip: float | None = option(
+        None, "largest gradient norm; null: no clipping", exclusiveMinimum=0.0
+    )
+    amp: bool = option(False, "bf16 autocast in forward passes")
+    distillation_weight: float = option(0.0, "weight of the teacher term; needs a teacher", minimum=0.0)
+    distillation_temperature: float = option(2.0, "softening of the teacher term", exclusiveMinimum=0.0)
+    bn_reestimation: bool = option(False, "re-estimate BatchNorm statistics after the last epoch")
+    hard_epochs: int = option(0, "last epochs with straight-through hard routing (trees only)", minimum=0)
+    router_temperature: float = option(
+        1.0, "first epoch's extra softening of the router, annealed geometrically to 1", exclusiveMinimum=0.0
+    )
+
+    def validate(self) -> None:
+        """Check what one option alone cannot tell."""
+        if self.optimizer == "sgd" and self.nesterov and not self.momentum:
+            raise ConfigError("train: nesterov needs momentum; set momentum or nesterov=False")
+
+    @classmethod
+    def published(cls, name: str) -> TrainRecipe:
+        """The paper's fine-tuning recipe for ``"imagenet"``, ``"cifar100"`` or ``"modelnet40"``.
+
+        Raises:
+            ConfigError: any other name.
+        """
+        if name not in _PUBLISHED:
+            raise ConfigError(f"unknown recipe {name!r}; known: {', '.join(sorted(_PUBLISHED))}")
+        return _PUBLISHED[name]
+
+
+_PUBLISHED = {
+    "imagenet": TrainRecipe(),
+    "cifar100": TrainRecipe(epochs=60),
+    "modelnet40": TrainRecipe(
+        optimizer="adam",
+        lr=1e-3,
+        batch_size=32,
+        epochs=200,
+        schedule="step",
+        warmup_epochs=0.0,
+        label_smoothing=0.0,
+    ),
+}
+
+
+def as_recipe(recipe: str | TrainRecipe) -> TrainRecipe:
+    """A recipe, or the published one of that name."""
+    return TrainRecipe.published(recipe) if isinstance(recipe, str) else recipe
