@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .analysis import balance, leaf_shares, leaf_statistics
+from .analysis import leaf_shares, leaf_statistics
 from .data import (
     ChannelPanel,
     Curve,
@@ -29,7 +29,6 @@ __all__ = [
     "Table",
     "TreeFigure",
     "TreePart",
-    "balance",
     "counts_table",
     "leaf_shares",
     "leaf_statistics",

@@ -54,24 +54,14 @@ def leaf_shares(statistics: LeafStatistics) -> tuple[float, ...]:
     return tuple(total / samples if samples else 0.0 for total in totals)
 
 
-def balance(shares: Sequence[float]) -> float:
-    """Entropy of the leaf shares over its maximum: 1 is even, 0 is all in one leaf.
-
-    The measure of arXiv 2606.09924: H(shares) / ln(leaves). One leaf alone counts as even.
-    """
-    if len(shares) < 2:
-        return 1.0
-    entropy = -sum(share * math.log(share) for share in shares if share > 0)
-    return entropy / math.log(len(shares)) + 0.0
-
-
 def prefix_share(shares: Sequence[float], leaves: Sequence[str], path: str) -> float:
     """Share of samples whose path starts with ``path`` ("" is the root)."""
-    return sum(
-        share
-        for share, leaf in zip(shares, leaves, strict=True)
-        if not path or leaf == path or leaf.startswith(f"{path}/")
-    )
+    return sum(share for share, leaf in zip(shares, leaves, strict=True) if is_under(leaf, path))
+
+
+def is_under(leaf: str, path: str) -> bool:
+    """Whether ``leaf`` is ``path`` or lies below it; everything lies below the root, ""."""
+    return not path or leaf == path or leaf.startswith(f"{path}/")
 
 
 def leaf_accuracy(statistics: LeafStatistics) -> tuple[float | None, ...]:
@@ -103,3 +93,8 @@ def kept_roles(channels: int, keep: Sequence[Sequence[int]], shared: Sequence[in
 def panel_counts(panel: ChannelPanel) -> dict[str, int]:
     """Channels per role, in the order in which the page lists them."""
     return {role: panel.kept.count(role) for role in ("shared", "0", "1", "dropped")}
+
+
+def last_value(values: Sequence[float | None]) -> float | None:
+    """The last recorded, finite value of a metric; None if there is none."""
+    return next((value for value in reversed(values) if value is not None and math.isfinite(value)), None)

@@ -6,13 +6,16 @@ Drawn at about their size on a phone (360 wide), so that text is readable everyw
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from .markup import tag
+
 WIDTH = 360
 HEIGHT = 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 12, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 12, 38
+_FONT = 11.5
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Line:
     x: Sequence[float]
     y: Sequence[float | None]
 
+    def points(self) -> Iterator[tuple[float, float]]:
+        for x, y in zip(self.x, self.y, strict=True):
+            if y is not None and math.isfinite(y):
+                yield float(x), float(y)
+
 
 @dataclass(frozen=True)
 class Level:
@@ -32,6 +40,14 @@ class Level:
     name: str
     color: str
     y: float
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """One kind of dots of a scatter."""
+
+    color: str
+    points: Sequence[tuple[float, float]]
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -46,67 +62,10 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(index * step, 12) + 0.0 for index in range(first, last + 1)]
 
 
-def tick_label(value: float, percent: bool = False) -> str:
+def tick_label(value: float, *, percent: bool = False) -> str:
     if percent:
         return f"{100 * value:g} %"
     return f"{value:.3g}" if abs(value) < 1e5 else f"{value:.0e}"
-
-
-class _Frame:
-    """Axes, grid and the mapping from data to the drawing."""
-
-    def __init__(
-        self, x: tuple[float, float], y: tuple[float, float], *, width: int, height: int, percent: bool
-    ) -> None:
-        self.x, self.y, self.width, self.height, self.percent = x, y, width, height, percent
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        (x0, x1), (y0, y1) = self.x, self.y
-        across = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
-        up = (y - y0) / (y1 - y0) if y1 > y0 else 0.5
-        return (
-            _LEFT + across * (self.width - _LEFT - _RIGHT),
-            self.height - _BOTTOM - up * (self.height - _TOP - _BOTTOM),
-        )
-
-    def axes(self, x_title: str, y_title: str, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> list[str]:
-        parts = []
-        right, bottom = self.width - _RIGHT, self.height - _BOTTOM
-        for value in y_ticks:
-            _, y = self.at(self.x[0], value)
-            parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
-            parts.append(
-                f'<text class="soft" x="{_LEFT - 7}" y="{y + 4:.1f}" font-size="11.5" text-anchor="end">'
-                f"{escape(tick_label(value, self.percent))}</text>"
-            )
-        parts.append(
-            f'<line x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="var(--line-strong)"/>'
-        )
-        for value in x_ticks:
-            x, _ = self.at(value, self.y[0])
-            parts.append(
-                f'<text class="soft" x="{x:.1f}" y="{bottom + 16}" font-size="11.5" text-anchor="middle">'
-                f"{escape(tick_label(value))}</text>"
-            )
-        middle = (_LEFT + right) / 2
-        parts.append(
-            f'<text class="faint" x="{middle:.0f}" y="{self.height - 5}" font-size="11.5" '
-            f'text-anchor="middle">{escape(x_title)}</text>'
-        )
-        if y_title:
-            centre = (_TOP + bottom) / 2
-            parts.append(
-                f'<text class="faint" transform="translate(11 {centre:.0f}) rotate(-90)" font-size="11.5" '
-                f'text-anchor="middle">{escape(y_title)}</text>'
-            )
-        return parts
-
-
-def _svg(parts: Sequence[str], label: str, width: int, height: int) -> str:
-    return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>"
-    )
 
 
 def line_chart(
@@ -122,84 +81,117 @@ def line_chart(
 
     ``bounds`` fixes the vertical range; otherwise it fits the data with a margin.
     """
-    xs = [x for line in lines for x, y in zip(line.x, line.y, strict=True) if _drawn(y)]
-    ys = [float(y) for line in lines for y in line.y if y is not None and math.isfinite(y)]
-    if not ys:
+    drawn = [point for line in lines for point in line.points()]
+    if not drawn:
         return ""
-    ys += [level.y for level in levels]
-    low, high = bounds or _margin(min(ys), max(ys), percent)
-    span = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
-    frame = _Frame(span, (low, high), width=WIDTH, height=HEIGHT, percent=percent)
-    x_ticks = [value for value in ticks(*span, 6) if float(value).is_integer()]
-    parts = frame.axes(x_title, "", x_ticks, ticks(low, high))
+    xs = [x for x, _ in drawn]
+    ys = [y for _, y in drawn] + [level.y for level in levels]
+    low, high = bounds or _with_margin(min(ys), max(ys), percent=percent)
+    across = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
+    frame = _Frame(across, (low, high), HEIGHT, percent)
+    whole = [value for value in ticks(*across, 6) if float(value).is_integer()]
+    parts = frame.axes(x_title, "", whole, ticks(low, high))
     for level in levels:
-        _, y = frame.at(span[0], level.y)
+        _, y = frame.at(across[0], level.y)
         parts.append(
-            f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{level.color}" '
-            'stroke-width="1.5" stroke-dasharray="5 4"/>'
-        )
+            tag("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y, y2=y, stroke=level.color, stroke_width=1.5,
+                stroke_dasharray="5 4")
+        )  # fmt: skip
     for line in lines:
-        spots = [
-            frame.at(float(x), float(y))
-            for x, y in zip(line.x, line.y, strict=True)
-            if y is not None and math.isfinite(y)
-        ]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+        spots = [frame.at(x, y) for x, y in line.points()]
         if len(spots) > 1:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
             parts.append(
-                f'<polyline points="{path}" fill="none" stroke="{line.color}" stroke-width="2" '
-                'stroke-linejoin="round" stroke-linecap="round"/>'
-            )
+                tag("polyline", points=path, fill="none", stroke=line.color, stroke_width=2,
+                    stroke_linejoin="round", stroke_linecap="round")
+            )  # fmt: skip
         if len(spots) <= 12:
-            parts.extend(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{line.color}"/>' for x, y in spots)
-    return _svg(parts, label, WIDTH, HEIGHT)
+            parts.extend(tag("circle", cx=x, cy=y, r=2.6, fill=line.color) for x, y in spots)
+    return _svg(parts, label, HEIGHT)
 
 
-def scatter(
-    groups: Sequence[tuple[str, str, Sequence[tuple[float, float]]]],
-    *,
-    label: str,
-    x_title: str,
-    y_title: str,
-) -> str:
-    """Square scatter with the diagonal drawn. ``groups``: (name, colour, points), later ones on top.
+def scatter(clouds: Sequence[Cloud], *, label: str, x_title: str, y_title: str) -> str:
+    """Square scatter with its diagonal; later clouds lie on top. "" if there is no finite point.
 
-    A group is one path of zero-length strokes with round caps: a few bytes per point.
+    A cloud is one path of zero-length strokes with round caps: a few bytes per dot.
     """
-    values = [value for _, _, points in groups for point in points for value in point if math.isfinite(value)]
+    finite = [
+        Cloud(cloud.color, [point for point in cloud.points if all(map(math.isfinite, point))])
+        for cloud in clouds
+    ]
+    values = [value for cloud in finite for point in cloud.points for value in point]
     if not values:
         return ""
-    low, high = _margin(min(values), max(values), False)
+    low, high = _with_margin(min(values), max(values))
     if min(values) >= 0:
         low = max(low, -0.02 * high)
-    size = WIDTH - 40
-    frame = _Frame((low, high), (low, high), width=WIDTH, height=size, percent=False)
+    height = WIDTH - 40
+    frame = _Frame((low, high), (low, high), height, False)
     marks = ticks(low, high, 5)
     parts = frame.axes(x_title, y_title, marks, marks)
-    (x0, y0), (x1, y1) = frame.at(low, low), frame.at(high, high)
-    parts.append(
-        f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="var(--line-strong)" '
-        'stroke-dasharray="4 4"/>'
-    )
-    many = sum(len(points) for _, _, points in groups) > 400
-    for _, color, points in groups:
-        spots = (frame.at(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y))
-        path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in spots)
-        if path:
+    (x1, y1), (x2, y2) = frame.at(low, low), frame.at(high, high)
+    diagonal = tag("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke="var(--line-strong)", stroke_dasharray="4 4")
+    parts.append(diagonal)
+    many = sum(len(cloud.points) for cloud in finite) > 400
+    for cloud in finite:
+        if cloud.points:
+            path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in (frame.at(*point) for point in cloud.points))
             parts.append(
-                f'<path d="{path}" stroke="{color}" stroke-width="{4 if many else 6.5}" '
-                f'stroke-linecap="round" stroke-opacity="{0.6 if many else 0.8}" fill="none"/>'
+                tag("path", d=path, fill="none", stroke=cloud.color, stroke_width=4 if many else 6.5,
+                    stroke_linecap="round", stroke_opacity=".6" if many else ".8")
+            )  # fmt: skip
+    return _svg(parts, label, height)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Axes, grid and the mapping from data to the drawing."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    height: int
+    percent: bool
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        (x0, x1), (y0, y1) = self.x, self.y
+        across = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
+        up = (y - y0) / (y1 - y0) if y1 > y0 else 0.5
+        return (
+            _LEFT + across * (WIDTH - _LEFT - _RIGHT),
+            self.height - _BOTTOM - up * (self.height - _TOP - _BOTTOM),
+        )
+
+    def axes(
+        self, x_title: str, y_title: str, x_ticks: Sequence[float], y_ticks: Sequence[float]
+    ) -> list[str]:
+        parts = []
+        right, bottom = WIDTH - _RIGHT, self.height - _BOTTOM
+        for value in y_ticks:
+            _, y = self.at(self.x[0], value)
+            parts.append(tag("line", x1=_LEFT, x2=right, y1=y, y2=y, stroke="var(--line)"))
+            parts.append(
+                _label(tick_label(value, percent=self.percent), x=_LEFT - 7, y=y + 4, text_anchor="end")
             )
-    return _svg(parts, label, WIDTH, size)
+        parts.append(tag("line", x1=_LEFT, x2=right, y1=bottom, y2=bottom, stroke="var(--line-strong)"))
+        for value in x_ticks:
+            x, _ = self.at(value, self.y[0])
+            parts.append(_label(tick_label(value), x=x, y=bottom + 16))
+        parts.append(_label(x_title, "faint", x=(_LEFT + right) / 2, y=self.height - 5))
+        if y_title:
+            turned = f"translate(11 {(_TOP + bottom) / 2:.0f}) rotate(-90)"
+            parts.append(_label(y_title, "faint", transform=turned))
+        return parts
 
 
-def _drawn(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _label(text: str, tone: str = "soft", *, text_anchor: str = "middle", **place: str | float) -> str:
+    return tag("text", escape(text), cls=tone, font_size=_FONT, text_anchor=text_anchor, **place)
 
 
-def _margin(low: float, high: float, percent: bool) -> tuple[float, float]:
+def _svg(parts: Sequence[str], label: str, height: int) -> str:
+    return tag("svg", *parts, cls="chart", viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=label)
+
+
+def _with_margin(low: float, high: float, *, percent: bool = False) -> tuple[float, float]:
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     bottom, top = low - pad, high + pad
-    if percent:
-        bottom, top = max(bottom, 0.0), min(top, 1.0)
-    return bottom, top
+    return (max(bottom, 0.0), min(top, 1.0)) if percent else (bottom, top)

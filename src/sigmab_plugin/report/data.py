@@ -177,7 +177,9 @@ class ReportData:
                     )
                     for panel in data["channels"]
                 ),
-                curves=tuple(Curve(**{**curve, "epochs": tuple(curve["epochs"])}) for curve in data["curves"]),
+                curves=tuple(
+                    Curve(**{**curve, "epochs": tuple(curve["epochs"])}) for curve in data["curves"]
+                ),
                 provenance=dict(data["provenance"]),
                 notes=tuple(data["notes"]),
                 sections=tuple(Section(**section) for section in data["sections"]),

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from . import format as fmt
 from .data import ReportData, Row, Section
+from .markup import empty, scroll_box, tag
 from .sections import channels, curves, leaves, origin, terms, tree
-from .style import CSS
-from .tables import accuracy, counts_table, dense_row, ratio
+from .style import style_sheet
+from .tables import accuracy, counts_table, ratio
 
 #: Built-in parts in page order: title -> body. A part without data says how to get it.
 PARTS: tuple[tuple[str, Callable[[ReportData], str]], ...] = (
@@ -47,145 +48,137 @@ def render(data: ReportData) -> str:
     """The page as one string."""
     sections = [Section(title, body(data)) for title, body in PARTS]
     sections += [*data.sections, Section("How it was made", origin(data))]
-    taken: set[str] = set()
-    anchors = [_anchor(section.title, taken) for section in sections]
-    links = "".join(
-        f'<li><a href="#{anchor}">{escape(section.title)}</a></li>'
-        for anchor, section in zip(anchors, sections, strict=True)
+    anchors = _anchors([section.title for section in sections])
+    links, bodies = [], []
+    for anchor, section in zip(anchors, sections, strict=True):
+        title = escape(section.title)
+        links.append(tag("li", tag("a", title, href=f"#{anchor}")))
+        heading = tag("h2", title, id=f"{anchor}-title")
+        bodies.append(tag("section", heading, section.html, id=anchor, aria_labelledby=f"{anchor}-title"))
+    facts = [tag("div", tag("dt", escape(key)), tag("dd", escape(text))) for key, text in data.facts.items()]
+    masthead = tag(
+        "div",
+        tag("p", "SigmaB report", cls="eyebrow"),
+        tag("h1", escape(data.title)),
+        tag("p", escape(data.summary), cls="lede") if data.summary else "",
+        tag("dl", *facts, cls="facts") if facts else "",
+        tag("nav", tag("ul", *links), aria_label="Sections"),
+        cls="masthead-inner",
     )
-    bodies = "\n".join(
-        f'<section id="{anchor}" aria-labelledby="{anchor}-title"><h2 id="{anchor}-title">{escape(section.title)}</h2>\n'
-        f"{section.html}\n</section>"
-        for anchor, section in zip(anchors, sections, strict=True)
-    )
-    facts = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in data.facts.items()
-    )
-    lede = f'<p class="lede">{escape(data.summary)}</p>' if data.summary else ""
-    return f"""<!DOCTYPE html>
+    newline = "\n"
+    page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
 <title>{escape(data.title)} · SigmaB report</title>
-<style>{CSS}</style>
+<style>
+{style_sheet()}</style>
 </head>
 <body>
-<header class="masthead"><div class="masthead-inner">
-<p class="eyebrow">SigmaB report</p>
-<h1>{escape(data.title)}</h1>
-{lede}
-{f'<dl class="facts">{facts}</dl>' if facts else ""}
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-</div></header>
+{tag("header", masthead, cls="masthead")}
 <main>
-{_stats(data.rows)}
-{bodies}
+{_headline(data.rows)}
+{newline.join(bodies)}
 </main>
 <footer>Made by sigmab-plugin. The numbers of this page stand in the JSON file beside it.</footer>
 </body>
 </html>
 """
+    # A number and its unit stay on one line.
+    return re.sub(r"(?<=\d) (?=%|pp\b)", "\u00a0", page)
 
 
-def _stats(rows: Sequence[Row]) -> str:
+def _headline(rows: Sequence[Row]) -> str:
     """Four figures on top: what SigmaB costs and gives against the dense network and the static twin."""
-    dense = dense_row(rows)
-    tree_row = next((row for row in rows if row.role == "sigmab"), None)
-    twin = next((row for row in rows if row.role == "twin"), None)
+    dense, tree_row, twin = (_row(rows, role) for role in ("dense", "sigmab", "twin"))
     if dense is None or tree_row is None:
         return ""
     gains = []
-    if tree_row.accuracy is not None:
-        for other, name in ((dense, "dense"), (twin, "static twin")):
-            if other is not None and other.accuracy is not None:
-                gains.append(f"{fmt.points(tree_row.accuracy - other.accuracy)} against {name}")
-    cards = [
-        ("Accuracy", fmt.percent(tree_row.accuracy), "; ".join(gains) or "not measured"),
-        (
-            "Active parameters",
-            fmt.percent(ratio(tree_row.active_parameters, dense.active_parameters)),
-            f"{fmt.count(tree_row.active_parameters)} of the dense {fmt.count(dense.active_parameters)}",
-        ),
-        (
-            "MACs per sample",
-            fmt.percent(ratio(tree_row.active_macs, dense.active_macs)),
-            f"{fmt.count(tree_row.active_macs)} of the dense {fmt.count(dense.active_macs)}",
-        ),
-        (
-            "Stored parameters",
-            fmt.percent(ratio(tree_row.stored_parameters, dense.stored_parameters)),
-            f"{fmt.count(tree_row.stored_parameters)} of the dense {fmt.count(dense.stored_parameters)}",
-        ),
-    ]
-    return (
-        '<div class="stats">'
-        + "".join(
-            f'<div class="card stat"><div class="label">{label}</div><div class="value">{_unit(value)}</div>'
-            f'<div class="more">{escape(more)}</div></div>'
-            for label, value, more in cards
-        )
-        + "</div>"
+    for other, name in ((dense, "dense"), (twin, "static twin")):
+        if other is not None and tree_row.accuracy is not None and other.accuracy is not None:
+            gains.append(f"{fmt.points(tree_row.accuracy - other.accuracy)} against {name}")
+    cards = [_stat("Accuracy", fmt.percent(tree_row.accuracy), *(gains or ["not measured"]))]
+    for label, part, whole in (
+        ("Active parameters", tree_row.active_parameters, dense.active_parameters),
+        ("MACs per sample", tree_row.active_macs, dense.active_macs),
+        ("Stored parameters", tree_row.stored_parameters, dense.stored_parameters),
+    ):
+        more = f"{fmt.count(part)} against {fmt.count(whole)} dense"
+        cards.append(_stat(label, fmt.percent(ratio(part, whole)), more))
+    return tag("div", *cards, cls="stats")
+
+
+def _stat(label: str, value: str, *more: str) -> str:
+    number, _, unit = value.partition(" ")
+    shown = escape(number) + (tag("span", f" {escape(unit)}", cls="unit") if unit else "")
+    return tag(
+        "div",
+        tag("div", label, cls="label"),
+        tag("div", shown, cls="value"),
+        *(tag("div", escape(line), cls="more") for line in more),
+        cls="card stat",
     )
 
 
-def _unit(value: str) -> str:
-    number, _, unit = value.partition(" ")
-    return f'{escape(number)}<span class="unit"> {escape(unit)}</span>' if unit else escape(number)
+def _row(rows: Sequence[Row], role: str) -> Row | None:
+    return next((row for row in rows if row.role == role), None)
 
 
 def _figures(data: ReportData) -> str:
     if not data.rows:
-        return '<p class="empty">No network was measured. Add rows with sigmab_plugin.report.counts.</p>'
+        return empty("No network was measured.")
     table = counts_table(data.rows)
-    head = "".join(
-        f'<th scope="col"{_numeric(numeric)}>{escape(header)}</th>'
+    head = [
+        tag("th", escape(header), scope="col", cls="n" if numeric else None)
         for header, numeric in zip(table.headers, table.numeric, strict=True)
-    )
-    body = ""
+    ]
+    body = []
     for row, cells in zip(data.rows, table.cells, strict=True):
-        figures = "".join(f'<td class="n">{escape(cell)}</td>' for cell in cells[1:])
-        key = f'<span class="key" style="background:var(--{row.role})"></span>'
-        body += f'<tr class="{row.role}"><th scope="row">{key}{escape(cells[0])}</th>{figures}</tr>'
-    return (
-        '<p class="about">Active is what one input reads: for the tree its largest path, routers included. '
-        "The static twin is one path of the same shape, trained the same way: it shows what routing itself adds.</p>"
-        f'<div class="card flush"><div class="scroll" tabindex="0" role="region" aria-label="Accuracy and size"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>{_verdict(data.rows)}"
+        key = tag("span", cls="key", style=f"background:var(--{row.role})")
+        figures = [tag("td", escape(cell), cls="n") for cell in cells[1:]]
+        body.append(tag("tr", tag("th", key, escape(cells[0]), scope="row"), *figures, cls=row.role))
+    about = (
+        "Active is what one input reads: for the tree its largest path, routers included. The static twin is one "
+        "path of the same shape, trained the same way: it shows what routing itself adds."
     )
-
-
-def _numeric(numeric: bool) -> str:
-    return ' class="n"' if numeric else ""
+    box = scroll_box("Accuracy and size", tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body)))
+    verdict = _verdict(data.rows)
+    return (
+        tag("p", about, cls="about")
+        + tag("div", box, cls="card flush")
+        + (tag("p", escape(verdict), cls="aside") if verdict else "")
+    )
 
 
 def _verdict(rows: Sequence[Row]) -> str:
-    """One sentence that compares the tree with its twin, in either direction."""
-    tree_row = next((row for row in rows if row.role == "sigmab"), None)
-    twin = next((row for row in rows if row.role == "twin"), None)
+    """One sentence that compares the tree with its twin, whichever is better."""
+    tree_row, twin = _row(rows, "sigmab"), _row(rows, "twin")
     if tree_row is None:
         return ""
     if twin is None:
-        return '<p class="aside">No static twin was trained, so this table cannot tell what routing itself adds.</p>'
+        return "No static twin was trained, so this table cannot tell what routing itself adds."
     if tree_row.accuracy is None or twin.accuracy is None:
         return ""
     gain = tree_row.accuracy - twin.accuracy
-    word = "above" if gain > 0 else "below" if gain < 0 else "level with"
-    by = f"{fmt.points(abs(gain), 2).lstrip('+')} {word}" if gain else word
-    more = ratio(tree_row.stored_parameters, twin.stored_parameters) or 0.0
+    where = "level with" if not gain else f"{abs(100 * gain):.2f} pp {'above' if gain > 0 else 'below'}"
+    times = ratio(tree_row.stored_parameters, twin.stored_parameters) or 0.0
     return (
-        f'<p class="aside">The tree ({escape(accuracy(tree_row))}) is {by} its static twin '
-        f"({escape(accuracy(twin))}) and stores {more:.2f} times as many parameters as the twin does.</p>"
+        f"The tree ({accuracy(tree_row)}) is {where} its static twin ({accuracy(twin)}) and stores {times:.2f} "
+        "times as many parameters."
     )
 
 
-def _anchor(title: str, taken: set[str]) -> str:
-    stem = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "part"
-    anchor, number = stem, 2
-    while anchor in taken:
-        anchor, number = f"{stem}-{number}", number + 1
-    taken.add(anchor)
-    return anchor
+def _anchors(titles: Sequence[str]) -> list[str]:
+    """A distinct identifier per title."""
+    anchors: list[str] = []
+    for title in titles:
+        stem = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "part"
+        anchor, number = stem, 2
+        while anchor in anchors:
+            anchor, number = f"{stem}-{number}", number + 1
+        anchors.append(anchor)
+    return anchors
 
 
 def _replace(path: Path, text: str) -> None:

@@ -25,9 +25,7 @@ class Table:
 
     def text(self) -> str:
         """Columns aligned with spaces, a rule under the header; no line ends in a space."""
-        widths = [
-            max(map(display_width, column)) for column in zip(self.headers, *self.cells, strict=True)
-        ]
+        widths = [max(map(display_width, column)) for column in zip(self.headers, *self.cells, strict=True)]
         rule = "  ".join("─" * width for width in widths)
         lines = [self._line(self.headers, widths), rule, *(self._line(row, widths) for row in self.cells)]
         return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,122 @@
+"""Measure networks on held-out data, print their table, write their report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import Dataset
+    from ..report import ReportData, Row
+    from ..tuning import Evaluation, History
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A network and what is known of it. ``role`` is ``dense``, ``sigmab``, ``twin`` or ``other``."""
+
+    name: str
+    role: str
+    module: nn.Module
+    evaluation: Evaluation | None = None
+    history: History | None = None
+
+
+def example_of(data: Dataset, device: Any) -> Any:
+    """Inputs of one sample, as a batch of one."""
+    from ..tuning.batches import to_device
+
+    return to_device(data.batch([0])[0], device)
+
+
+def table_row(network: Measured, example: Any) -> Row:
+    """Accuracy and counts of one network."""
+    from ..report.counts import module_row, net_row
+
+    accuracy = None if network.evaluation is None else network.evaluation.accuracy
+    if network.role == "sigmab":
+        return net_row(network.name, network.module, example, accuracy=accuracy)  # type: ignore[arg-type]
+    return module_row(network.name, network.module, example, role=network.role, accuracy=accuracy)
+
+
+def collect(
+    networks: Sequence[Measured],
+    *,
+    example: Any,
+    classes: Sequence[str],
+    title: str,
+    summary: str = "",
+    facts: dict[str, str],
+    origin: dict[str, str],
+    notes: Sequence[str] = (),
+) -> ReportData:
+    """All that a report shows of ``networks``; the first tree among them gives tree, leaves and channels."""
+    from ..report import ReportData
+    from ..report.counts import channel_panels, curve, leaf_counts, tree_figure
+
+    data = ReportData(
+        title=title,
+        summary=summary,
+        facts={**facts, "Date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")},
+        rows=tuple(table_row(network, example) for network in networks),
+        curves=tuple(
+            curve(network.name, network.history, role=network.role) for network in networks if network.history
+        ),
+        provenance=origin,
+        notes=tuple(notes),
+    )
+    tree: Any = next((network for network in networks if network.role == "sigmab"), None)
+    if tree is None:
+        return data
+    return replace(
+        data,
+        tree=tree_figure(tree.module),
+        channels=channel_panels(tree.module.plan),
+        leaves=None if tree.evaluation is None else leaf_counts(tree.module, tree.evaluation, classes),
+    )
+
+
+def show(args: argparse.Namespace, data: ReportData, **files: Path | None) -> None:
+    """Print the table (or JSON) of ``data`` and where files were written."""
+    from ..report import counts_table, leaf_shares, rows_to_json
+
+    written = {name: str(path) for name, path in files.items() if path is not None}
+    shares = None if data.leaves is None else dict(zip(data.leaves.leaves, leaf_shares(data.leaves), strict=True))
+    if args.json:
+        record = {"networks": rows_to_json(data.rows), "leaf_shares": shares, "files": written}
+        print(json.dumps(record, indent=1))
+        return
+    print(counts_table(data.rows).text())
+    if shares is not None:
+        from ..tuning import balance
+
+        parts = "  ".join(f"{leaf} {share:.1%}" for leaf, share in shares.items())
+        print(f"\nleaf shares  {parts}  balance {balance(tuple(shares.values())):.2f}")
+    if written:
+        print()
+    width = max(map(len, written), default=0)
+    for name, path in written.items():
+        print(f"{name.ljust(width)}  {path}")
+
+
+def say(args: argparse.Namespace, text: str) -> None:
+    """A step of the work, for people who wait: on stderr, so that stdout holds results alone."""
+    if not (args.quiet or args.json):
+        print(text, file=sys.stderr, flush=True)
+
+
+def shows_progress(args: argparse.Namespace) -> bool:
+    return not (args.quiet or args.json)
+
+
+def command_line(args: argparse.Namespace) -> list[str]:
+    """The command as it was typed, under the name it is installed by."""
+    return ["sigmab", *args.argv]

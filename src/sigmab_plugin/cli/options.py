@@ -1,0 +1,286 @@
+"""Options that several subcommands share, and what they mean. Torch is imported where it is used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, FormatError, ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import Dataset
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What every subcommand that computes has."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--seed", type=_natural, default=0, metavar="N", help="seed of all random choices (default 0)"
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1 …; auto (default) is cuda where there is one",
+    )
+    group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    add_output_options(parser, group)
+
+
+def add_output_options(parser: argparse.ArgumentParser, group: Any = None) -> None:
+    """How to talk: for machines, quietly, with tracebacks."""
+    group = group or parser.add_argument_group("output")
+    group.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout instead of tables"
+    )
+    group.add_argument("--quiet", "-q", action="store_true", help="no progress bars, warnings only")
+    group.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """``--model``, ``--model-args``, ``--weights``."""
+    group = parser.add_argument_group("dense model")
+    group.add_argument(
+        "--model",
+        required=required,
+        metavar="PACKAGE.MODULE:CALLABLE",
+        help="what returns the dense model; a bare name is one of sigmab_plugin.models, such as cifar_resnet50",
+    )
+    group.add_argument(
+        "--model-args", default=None, metavar="JSON", help="keyword arguments of that call, as JSON"
+    )
+    group.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="the dense model's weights: .safetensors, .pth or .pt (read without unpickling code)",
+    )
+
+
+def add_data_options(parser: argparse.ArgumentParser, *, required: bool, split: str) -> None:
+    """``--data`` with its split and batch size."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        required=required,
+        metavar="PATH",
+        help="folder or zip in ImageFolder layout, .npz, HDF5, or 'digits' (scikit-learn's)",
+    )
+    group.add_argument("--split", default=split, metavar="NAME", help=f"split of the data (default {split})")
+    group.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="samples per batch (default 64)"
+    )
+    group.add_argument("--image-size", type=_positive, metavar="N", help="resize and crop images to N x N")
+
+
+def load_model(args: argparse.Namespace) -> nn.Module:
+    """The dense model of ``--model`` with ``--weights``."""
+    return build_model(args.model, parse_model_args(args.model_args), args.weights)
+
+
+def parse_model_args(text: str | None) -> dict[str, Any]:
+    if not text:
+        return {}
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"--model-args is not JSON ({error}); write for example '{{\"num_classes\": 10}}'"
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError("--model-args must be a JSON object of keyword arguments")
+    return values
+
+
+def build_model(
+    spec: str, arguments: Mapping[str, Any], weights: str | os.PathLike[str] | None = None
+) -> nn.Module:
+    """Call ``package.module:callable(**arguments)`` and load ``weights``.
+
+    Raises:
+        ConfigError: nothing there under that name, or the call refuses its arguments.
+        ModelError: the result is no ``nn.Module``, or the weights do not fit.
+    """
+    from torch import nn
+
+    factory = _resolve(spec)
+    try:
+        model = factory(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{spec} does not take these arguments: {error}; see --model-args") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module")
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def _resolve(spec: str) -> Any:
+    module_name, separator, attribute = spec.partition(":")
+    if not separator:
+        module_name, attribute = "sigmab_plugin.models", spec
+    # A console script does not have the working directory on its path; a user's own module lives there.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        target: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"--model {spec}: cannot import {module_name} ({error})") from error
+    for part in attribute.split("."):
+        try:
+            target = getattr(target, part)
+        except AttributeError as error:
+            known = [name for name in getattr(target, "__all__", ()) if not name.startswith("_")]
+            hint = f"; it has {', '.join(known)}" if known else ""
+            raise ConfigError(f"--model {spec}: {module_name} has no {attribute!r}{hint}") from error
+    if not callable(target):
+        raise ConfigError(f"--model {spec}: {attribute} is not callable; name a class or a function")
+    return target
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a state dict into ``model``; nothing is unpickled that could run code.
+
+    A dict nested under ``state_dict`` or ``model`` and the prefix ``module.`` of data-parallel training are undone.
+
+    Raises:
+        FormatError: the file cannot be read as weights.
+        ModelError: tensors are missing, unexpected or of another shape; some are named.
+    """
+    state = _read_state(Path(path))
+    own = model.state_dict()
+    if not set(state) & set(own):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    problems = []
+    for names, word in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{len(names)} {word}: {', '.join(names[:3])}{more}")
+    if problems:
+        raise ModelError(f"{path} does not fit {type(model).__name__}; {'; '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"no such weights file: {path}")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise FormatError(f"{path} is truncated or no safetensors file ({error})") from error
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise FormatError(
+            f"{path} cannot be read as plain weights; save a state dict (model.state_dict()), best as .safetensors"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(hasattr(value, "shape") for value in state.values()):
+        raise FormatError(f"{path} holds no state dict; save model.state_dict()")
+    return state
+
+
+def open_data(args: argparse.Namespace, *, split: str | None = None) -> Dataset:
+    """The data set of ``--data``; ``split`` overrides ``--split``."""
+    from .. import data
+
+    wanted = split or args.split
+    if args.data == "digits":
+        return data.digits(wanted)
+    return data.open_dataset(args.data, split=wanted, image_size=args.image_size)
+
+
+def pick_device(args: argparse.Namespace) -> Any:
+    """Torch device of ``--device``; also sets ``--threads`` and the seed.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try cpu"
+        ) from error
+    return device
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """A JSON file; what is wrong with it is one line."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no such file: {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_sections(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], Any]:
+    """Compression sections of a config file, and its ``input_info`` (None where absent).
+
+    The file is NNCF-style, ``{"input_info": …, "compression": {…} or […]}``, or one bare section with "algorithm".
+
+    Raises:
+        ConfigError: neither, or a section without its algorithm.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f'{path}: expected a JSON object with "compression", or one section with "algorithm"'
+        )
+    if "algorithm" in content:
+        sections: Any = [content]
+    else:
+        sections = content.get("compression")
+        sections = [sections] if isinstance(sections, dict) else sections
+    if not isinstance(sections, list) or not sections:
+        raise ConfigError(
+            f'{path}: "compression" is missing or empty; give one section or a list of sections'
+        )
+    for section in sections:
+        if not isinstance(section, dict) or not isinstance(section.get("algorithm"), str):
+            raise ConfigError(f'{path}: each compression section needs "algorithm", for example "sigmab"')
+    return [dict(section) for section in sections], content.get("input_info")
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative: {value}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1: {value}")
+    return value
