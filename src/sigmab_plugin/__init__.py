@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from . import errors
     from .config import SigmaBConfig
     from .hosts.torch_pruning import SigmaBPruner
-    from .tree.build import static_twin
-    from .tree.net import SigmaBNet
-    from .tree.serialize import load, save
+    from .tree import SigmaBNet, load, save, static_twin
     from .tuning import finetune
 
 # name -> module that defines it

@@ -22,15 +22,12 @@ from .errors import ConfigError
 C = TypeVar("C", bound="TechniqueConfig")
 
 
-def _option(default: Any, description: str, **bounds: Any) -> Any:
+def option(default: Any, description: str, **bounds: Any) -> Any:
     """A dataclass field with its documentation and its JSON-schema bounds."""
     metadata = {"description": description, **bounds}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-option = _option
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,10 @@ class TechniqueConfig:
     algorithm: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
+            value = _from_json(self.algorithm, spec.name, getattr(self, spec.name), hints[spec.name])
+            object.__setattr__(self, spec.name, value)
             _check_bounds(self.algorithm, spec, getattr(self, spec.name))
         self.validate()
 
@@ -68,14 +68,13 @@ class TechniqueConfig:
         algorithm = values.pop("algorithm", cls.algorithm)
         if algorithm != cls.algorithm:
             raise ConfigError(f"this section is for algorithm {algorithm!r}, expected {cls.algorithm!r}")
-        hints = typing.get_type_hints(cls)
         known = {spec.name for spec in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(sorted(known))}."
                 raise ConfigError(f"{cls.algorithm}: unknown key {key!r}.{hint}")
-        return cls(**{key: _from_json(cls.algorithm, key, value, hints[key]) for key, value in values.items()})
+        return cls(**values)
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -188,27 +187,29 @@ class SigmaBConfig(TechniqueConfig):
 
     algorithm: ClassVar[str] = "sigmab"
 
-    levels: tuple[str, ...] = _option((), "modules at which the tree branches, in order of execution")
-    head: str = _option("", "module at which the leaf head starts, after the last level")
-    shared_ratio: float = _option(0.5, "share of a branch's channels kept in both branches", minimum=0.0, maximum=1.0)
-    projection_dim: int = _option(128, "size D of the latents that are clustered and routed", minimum=1)
-    projection_dropout: float = _option(0.0, "dropout after the projection", minimum=0.0, exclusiveMaximum=1.0)
-    router_temperature: float = _option(
+    levels: tuple[str, ...] = option((), "modules at which the tree branches, in order of execution")
+    head: str = option("", "module at which the leaf head starts, after the last level")
+    shared_ratio: float = option(
+        0.5, "share of a branch's channels kept in both branches", minimum=0.0, maximum=1.0
+    )
+    projection_dim: int = option(128, "size D of the latents that are clustered and routed", minimum=1)
+    projection_dropout: float = option(0.0, "dropout after the projection", minimum=0.0, exclusiveMaximum=1.0)
+    router_temperature: float = option(
         1.0, "router logits are divided by it; argmax is unchanged", exclusiveMinimum=0.0
     )
-    widths: dict[str, WidthSpec] = _option(
+    widths: dict[str, WidthSpec] = option(
         {}, "channels kept, by level, head or branch path: a number, or {output, inner, <layer>}"
     )
-    active_ratio: Union[float, None] = _option(
+    active_ratio: float | None = option(
         None, "target active / dense parameters; widths are solved for", exclusiveMinimum=0.0, maximum=1.0
     )
-    round_to: Union[int, None] = _option(None, "round widths down to a multiple of it", minimum=1)
-    responsibility_weight: float = _option(0.3, "lambda of eq. 8", minimum=0.0)
-    responsibility_temperature: float = _option(0.3, "tau_r of eq. 6", exclusiveMinimum=0.0)
-    partition: str = _option("activation", "how specific channels are chosen", enum=("activation", "random"))
-    kmeans_restarts: int = _option(10, "restarts of spherical k-means", minimum=1)
-    kmeans_iterations: int = _option(100, "iterations of one restart at most", minimum=1)
-    seed: int = _option(0, "seed of projections, k-means and random choices", minimum=0)
+    round_to: int | None = option(None, "round widths down to a multiple of it", minimum=1)
+    responsibility_weight: float = option(0.3, "lambda of eq. 8", minimum=0.0)
+    responsibility_temperature: float = option(0.3, "tau_r of eq. 6", exclusiveMinimum=0.0)
+    partition: str = option("activation", "how specific channels are chosen", enum=("activation", "random"))
+    kmeans_restarts: int = option(10, "restarts of spherical k-means", minimum=1)
+    kmeans_iterations: int = option(100, "iterations of one restart at most", minimum=1)
+    seed: int = option(0, "seed of projections, k-means and random choices", minimum=0)
 
     def validate(self) -> None:
         if self.active_ratio is not None and self.widths:

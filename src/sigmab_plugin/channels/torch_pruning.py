@@ -1,0 +1,460 @@
+"""Channel groups from Torch-Pruning's DependencyGraph.
+
+The tail of a network (its levels and its head) is traced on a copy that is thrown away, so that the
+user's model keeps its mode, its gradients' flags and its hooks, and the autograd graph that the
+DependencyGraph holds is freed. What remains is plain data.
+
+Between segments the trace passes through :class:`ChannelAnchor`, a layer with one factor per channel.
+It tells which positions of a frontier belong to which channels of a group, and it gives values
+without a layer of their own (coordinates) the width that a concatenation needs to be indexed right.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, ModelError
+from .groups import ChannelGroup, Member
+from .layouts import Layout, layout_of
+from .probe import Prober
+
+_log = logging.getLogger(__name__)
+
+
+class ChannelAnchor(nn.Module):
+    """x * 1 per channel: the identity, visible to the DependencyGraph as a layer of known width."""
+
+    def __init__(self, channels: int, dim: int, ndim: int) -> None:
+        super().__init__()
+        self.channels = channels
+        shape = [1] * (ndim - dim)
+        shape[0] = channels
+        self.scale = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale.to(x.dtype)
+
+
+class _Anchors(nn.Module):
+    """Anchors every floating-point tensor of a frontier; ``dims[i]`` is its channel dimension."""
+
+    def __init__(self, frontier: tuple[Any, ...], dims: Sequence[int | None]) -> None:
+        super().__init__()
+        self.items = nn.ModuleList(
+            ChannelAnchor(value.shape[dim], dim, value.ndim) if dim is not None else nn.Identity()
+            for value, dim in zip(frontier, dims)
+        )
+
+    def forward(self, *frontier: Any) -> tuple[Any, ...]:
+        return tuple(
+            item(value) if isinstance(item, ChannelAnchor) else value
+            for item, value in zip(self.items, frontier)
+        )
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+class _Chain(nn.Module):
+    """Levels and head in a row, with anchors before each segment and behind the last one."""
+
+    def __init__(
+        self,
+        tail: Sequence[nn.Module],
+        frontier: Any,
+        channel_dim: Callable[[Any, int], int],
+        output_transform: Callable[[Any], Any] | None,
+    ) -> None:
+        super().__init__()
+        self.segments = nn.ModuleList(tail)
+        self._output_transform = output_transform or (lambda output: output)
+        anchors: list[_Anchors] = []
+        with torch.no_grad():
+            for number, segment in enumerate((*tail, None)):
+                if segment is None:
+                    frontier = self._output_transform(frontier)
+                values = _as_tuple(frontier)
+                dims = [
+                    channel_dim(values, i)
+                    if torch.is_tensor(v) and v.is_floating_point() and v.ndim > 1
+                    else None
+                    for i, v in enumerate(values)
+                ]
+                anchors.append(
+                    _Anchors(values, dims).to(next(v for v in values if torch.is_tensor(v)).device)
+                )
+                if segment is not None:
+                    frontier = segment(*values)
+                elif len(values) != 1 or dims[0] is None:
+                    raise ModelError(
+                        "the model must return one tensor of logits (B, classes); wrap it, or pass output_transform="
+                    )
+        self.anchors = nn.ModuleList(anchors)
+
+    def forward(self, *inputs: Any) -> Any:
+        frontier: Any = inputs
+        for anchors, segment in zip(self.anchors, self.segments):
+            frontier = segment(*anchors(*_as_tuple(frontier)))
+        return self.anchors[-1](*_as_tuple(self._output_transform(frontier)))[0]
+
+
+@dataclass(frozen=True)
+class CollectedGroups:
+    """Groups of a tail, importance scores where an importance was given, and custom attributes.
+
+    Attributes:
+        scores: group name -> score per channel (higher is kept), for prunable groups.
+        prober: recomputes attributes of layers that only a customised pruner understands.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    scores: dict[str, torch.Tensor] = field(default_factory=dict)
+    prober: Prober | None = None
+
+
+def collect_groups(
+    tail: Sequence[nn.Module],
+    frontier: Any,
+    *,
+    channel_dim: Callable[[Any, int], int],
+    output_transform: Callable[[Any], Any] | None = None,
+    importance: Callable[[Any], torch.Tensor | None] | None = None,
+    ignored_layers: Sequence[Any] | None = None,
+    customized_pruners: Mapping[type[nn.Module], Any] | None = None,
+    unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
+    root_module_types: Sequence[type] | None = None,
+) -> CollectedGroups:
+    """Trace ``tail`` from ``frontier`` and return its channel groups.
+
+    Args:
+        tail: the level segments in order, then the head.
+        frontier: values at the input of the first segment (tensor, or tuple of tensors).
+        channel_dim: ``channel_dim(values, i)`` -> channel dimension of frontier value ``i``.
+        importance: a Torch-Pruning importance, evaluated on every prunable group.
+        ignored_layers, customized_pruners, unwrapped_parameters, root_module_types: as in
+            Torch-Pruning's pruners; they name layers of the user's model.
+
+    Raises:
+        ModelError: the tail cannot be traced, or one tensor is used by two segments.
+    """
+    import torch_pruning as tp
+
+    check_not_shared(tail)
+    copied = copy.deepcopy(nn.ModuleList(tail))
+    originals = dict(zip(_everything(nn.ModuleList(tail)), _everything(copied)))
+    for source, target in originals.items():
+        if isinstance(source, nn.Parameter) and source.grad is not None:
+            target.grad = source.grad.detach().clone()
+    with _traceable(copied), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+        detached = tuple(v.detach() if torch.is_tensor(v) else v for v in _as_tuple(frontier))
+        chain = _Chain(list(copied), detached, channel_dim, output_transform)
+        pruners = {ChannelAnchor: _anchor_pruner(tp), **dict(customized_pruners or {})}
+        # Torch-Pruning's own keyword takes a list of pairs, whatever its annotation says.
+        unwrapped = [(_counterpart(originals, p), dim) for p, dim in (unwrapped_parameters or [])]
+        ignored = [originals[layer] for layer in (ignored_layers or []) if layer in originals]
+        graph = tp.DependencyGraph()
+        try:
+            graph.build_dependency(
+                chain,
+                detached,
+                forward_fn=lambda model, inputs: model(*inputs),
+                unwrapped_parameters=unwrapped or None,
+                customized_pruners=pruners,
+                ignored_params=[p for p in ignored if isinstance(p, nn.Parameter)],
+            )
+        except Exception as error:
+            raise ModelError(
+                f"Torch-Pruning cannot trace the levels of this model: {error}. Give the layers that it cannot follow as "
+                "ignored_layers or customized_pruners, or cut the model elsewhere."
+            ) from error
+        roots = tuple(root_module_types or (nn.modules.conv._ConvNd, nn.Linear))
+        roots += tuple(kind for kind in (customized_pruners or {}) if isinstance(kind, type))
+        reader = _Reader(graph, chain, ignored, Prober(dict(customized_pruners or {})))
+        groups, scores = reader.read(roots, importance)
+    return CollectedGroups(groups, scores, reader.prober if reader.prober.used else None)
+
+
+class _Reader:
+    """Turns Torch-Pruning's groups of one graph into plain data."""
+
+    def __init__(self, graph: Any, chain: _Chain, ignored: Sequence[Any], prober: Prober) -> None:
+        self.graph, self.chain, self.prober = graph, chain, prober
+        self.names: dict[Any, tuple[int, str]] = {}
+        self.parameters: dict[int, tuple[int, str]] = {}
+        for number, segment in enumerate(chain.segments):
+            for name, module in segment.named_modules():
+                self.names.setdefault(module, (number, name))
+            for name, parameter in segment.named_parameters():
+                self.parameters.setdefault(id(parameter), (number, name))
+        self.anchors = {
+            anchor: (number, position)
+            for number, anchors in enumerate(chain.anchors)
+            for position, anchor in enumerate(anchors.items)
+        }
+        self.ignored = {inner for m in ignored if isinstance(m, nn.Module) for inner in m.modules()}
+        self.order = {key: i for i, key in enumerate(self.names.values())}
+
+    def read(
+        self, roots: tuple[type, ...], importance: Callable[[Any], torch.Tensor | None] | None
+    ) -> tuple[tuple[ChannelGroup, ...], dict[str, torch.Tensor]]:
+        groups: dict[str, ChannelGroup] = {}
+        scores: dict[str, torch.Tensor] = {}
+        for raw in self.graph.get_all_groups(ignored_layers=[], root_module_types=list(roots)):
+            group = self._group(raw)
+            if group is None:
+                continue
+            groups[group.name] = group
+            if importance is not None and group.prunable:
+                score = importance(raw)
+                if score is None:
+                    raise ConfigError(
+                        f"the importance gives no score for the channels of {group.name!r} (it knows none of its layers); "
+                        "use another importance, or list the layer in ignored_layers"
+                    )
+                scores[group.name] = score.detach().float().cpu()
+        ordered = sorted(groups.values(), key=lambda g: self.order.get(self._key(g), 0))
+        return tuple(_without_conflicts(ordered)), scores
+
+    def _key(self, group: ChannelGroup) -> tuple[int, str]:
+        segment = next((m.segment for m in group.members if m.role == "out"), 0)
+        return segment, group.name
+
+    def _group(self, raw: Any) -> ChannelGroup | None:
+        root = raw[0].dep.target.module
+        size = len(set(raw[0].root_idxs))
+        members: dict[tuple[Any, ...], Member] = {}
+        frontiers: dict[int, Member] = {}
+        partitions = 1
+        reasons: list[str] = []
+        producers: list[tuple[int, str]] = []
+        probed: list[tuple[int, str, str, list[tuple[int, int]]]] = []
+        last = len(self.chain.segments)
+        for item in raw:
+            module, handler = item.dep.target.module, item.dep.handler
+            if type(module).__module__.startswith("torch_pruning"):
+                continue
+            role = "out" if self.graph.is_out_channel_pruning_fn(handler) else "in"
+            pairs = sorted(dict.fromkeys(zip(item.idxs, item.root_idxs)))
+            if not pairs:
+                continue
+            if module in self.anchors:
+                number, position = self.anchors[module]
+                if pairs[-1][0] >= module.channels:
+                    reasons.append(f"channel {pairs[-1][0]} does not exist at the input of segment {number}")
+                    continue
+                if number == 0:
+                    reasons.append("its channels come from the backbone")
+                elif number == last:
+                    reasons.append("its channels are the outputs of the model")
+                elif position == 0:
+                    frontiers[number] = _member(number, "frontier", module.scale.ndim, "in", pairs, size)
+                else:
+                    reasons.append("its channels cross a cut as a side value")
+                continue
+            if isinstance(module, nn.Parameter):
+                where = self.parameters.get(id(module))
+                if where is None:
+                    continue
+                number, name = where
+                dim = item.dep.target.pruning_dim % module.ndim
+                if pairs[-1][0] >= module.shape[dim]:
+                    reasons.append(f"parameter {name} has no index {pairs[-1][0]} along dim {dim}")
+                    continue
+                members[(number, name, dim)] = _member(number, name, dim, role, pairs, size)
+                continue
+            if module not in self.names:
+                continue
+            number, name = self.names[module]
+            if role == "out" and module in self.ignored:
+                reasons.append(f"{name} is an ignored layer")
+            if isinstance(module, nn.LSTM):
+                reasons.append(f"{name} is recurrent")
+                continue
+            layout = self.prober.layout(module)
+            if layout is not None:
+                probed.append((number, name, role, pairs))
+            layout = layout or layout_of(module)
+            if layout is None:
+                raise ModelError(
+                    f"no channel layout for {name!r} ({type(module).__name__}): register one with "
+                    "sigmab_plugin.channels.register_layout, or list the layer in ignored_layers"
+                )
+            problem = _add_places(members, module, layout, number, name, role, pairs, size)
+            if problem:
+                reasons.append(problem)
+            blocks = layout.partitions(module, role)
+            if blocks > 1:
+                identity = [p for p, _ in pairs] == [c for _, c in pairs] == list(range(size))
+                if identity and size % blocks == 0:
+                    partitions = math.lcm(partitions, blocks)
+                else:
+                    reasons.append(f"{name} has {blocks} blocks, of which the group holds a part")
+            if role == "out" and not layout.coupled(module):
+                producers.append((number, name))
+        if not members:
+            return None
+        number, name = min(producers, key=lambda key: self.order[key]) if producers else self.names[root]
+        for segment, layer, role, pairs in probed:
+            self.prober.record(segment, layer, role, name, pairs)
+        owner = -1 if any(r.startswith("its channels come from") for r in reasons) else number
+        if partitions > 1 and size // math.gcd(size, partitions) == 1:
+            reasons.append("every block has one channel")
+        return ChannelGroup(
+            name=name,
+            size=size,
+            owner=owner,
+            members=tuple(members.values()),
+            frontiers=frontiers,
+            partitions=partitions,
+            complete="; ".join(dict.fromkeys(reasons)),
+        )
+
+
+def _member(
+    segment: int, tensor: str, dim: int, role: str, pairs: Sequence[tuple[int, int]], size: int
+) -> Member:
+    positions = tuple(int(p) for p, _ in pairs)
+    channels = tuple(int(c) for _, c in pairs)
+    identity = tuple(range(size))
+    return Member(
+        segment,
+        tensor,
+        dim,
+        role,
+        positions=None if positions == identity else positions,
+        channels=None if channels == identity else channels,
+    )
+
+
+def _add_places(
+    members: dict[tuple[Any, ...], Member],
+    module: nn.Module,
+    layout: Layout,
+    number: int,
+    name: str,
+    role: str,
+    pairs: Sequence[tuple[int, int]],
+    size: int,
+) -> str:
+    """Add the layer's tensors to ``members``; returns what is inconsistent, or an empty string."""
+    to_root = dict(pairs)
+    if len(to_root) != len(pairs):
+        return f"{name} reads one channel as several"
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    for tensor, dim, positions, channels in layout.places(module, role, [p for p, _ in pairs]):
+        if len(positions) and max(positions) >= tensors[tensor].shape[dim]:
+            return f"{name} has no channel {max(positions)}"
+        full = f"{name}.{tensor}" if name else tensor
+        mapped = sorted(dict.fromkeys((p, to_root[c]) for p, c in zip(positions, channels)))
+        # A coupled layer is listed once for its inputs and once for its outputs.
+        members.setdefault((number, full, dim), _member(number, full, dim, role, mapped, size))
+    return ""
+
+
+def _without_conflicts(groups: Sequence[ChannelGroup]) -> Iterator[ChannelGroup]:
+    """Two groups that claim one position of one tensor must both stay complete."""
+    claims: dict[tuple[int, str, int], list[tuple[ChannelGroup, set[int]]]] = {}
+    clashing: set[str] = set()
+    for group in groups:
+        for member in group.members:
+            positions = set(member.pairs(group.size)[0])
+            others = claims.setdefault((member.segment, member.tensor, member.dim), [])
+            for other, taken in others:
+                if other.name != group.name and taken & positions:
+                    clashing.update((group.name, other.name))
+            others.append((group, positions))
+    for group in groups:
+        if group.name in clashing and not group.complete:
+            _log.info("channels of %s stay complete: two groups claim them", group.name)
+            yield ChannelGroup(**{**vars(group), "complete": "two groups claim its channels"})
+        else:
+            yield group
+
+
+def _anchor_pruner(tp: Any) -> Any:
+    base = tp.pruner.function.BasePruningFunc if hasattr(tp.pruner, "function") else tp.BasePruningFunc
+
+    class AnchorPruner(base):  # type: ignore[misc, valid-type]
+        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            raise RuntimeError("anchors exist while tracing only")
+
+        prune_in_channels = prune_out_channels
+
+        def get_out_channels(self, layer: ChannelAnchor) -> int:
+            return layer.channels
+
+        get_in_channels = get_out_channels
+
+    return AnchorPruner()
+
+
+@contextmanager
+def _traceable(modules: nn.Module) -> Iterator[None]:
+    """Prepare a throw-away copy: gradients on, eval mode, PyG's Linear as an nn.Linear."""
+    modules.eval()
+    for parameter in modules.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    for module in modules.modules():
+        if (
+            f"{type(module).__module__}.{type(module).__qualname__}"
+            == "torch_geometric.nn.dense.linear.Linear"
+        ):
+            module.__class__ = _pyg_linear_class(type(module))
+    with torch.enable_grad():
+        yield
+
+
+_pyg_linear_classes: dict[type, type] = {}
+
+
+def _pyg_linear_class(kind: type) -> type:
+    """A subclass of PyG's Linear that Torch-Pruning takes for the nn.Linear that it is in effect."""
+    if kind not in _pyg_linear_classes:
+        _pyg_linear_classes[kind] = type(
+            "TraceableLinear",
+            (kind, nn.Linear),
+            {
+                "__module__": __name__,
+                "in_features": property(lambda self: self.in_channels),
+                "out_features": property(lambda self: self.out_channels),
+            },
+        )
+    return _pyg_linear_classes[kind]
+
+
+def _everything(module: nn.Module) -> list[Any]:
+    return [*module.modules(), *module.parameters()]
+
+
+def _counterpart(originals: Mapping[Any, Any], thing: Any) -> Any:
+    if thing not in originals:
+        raise ConfigError(
+            f"{type(thing).__name__} of shape {getattr(thing, 'shape', '?')} is not part of the levels"
+        )
+    return originals[thing]
+
+
+def check_not_shared(tail: Sequence[nn.Module]) -> None:
+    """Raise ModelError where one parameter belongs to two segments."""
+    seen: dict[int, tuple[int, str]] = {}
+    for number, segment in enumerate(tail):
+        for name, parameter in segment.named_parameters():
+            first = seen.setdefault(id(parameter), (number, name))
+            if first[0] != number:
+                raise ModelError(
+                    f"parameter {first[1]!r} is tied to {name!r} across a cut: a branch would untie them. "
+                    "Cut elsewhere, or untie the weights first."
+                )

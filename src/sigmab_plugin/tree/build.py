@@ -1,0 +1,451 @@
+"""Phases 0 to 5 of arXiv 2606.09924: from a dense network and calibration data to a SigmaBNet."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..channels import ChannelGroup, slice_module, slices_of
+from ..channels.probe import Prober
+from ..channels.slicing import named_tensors
+from ..channels.torch_pruning import check_not_shared, collect_groups
+from ..config import SigmaBConfig
+from ..errors import CalibrationError, ConfigError, ModelError
+from ..tuning.distributed import all_gather_rows
+from .allocation import check_widths, filter_norms, split_channels, top_channels, width_of
+from .calibration import Calibration
+from .clustering import spherical_kmeans
+from .modality import Modality, detect
+from .net import Router, SigmaBNet
+from .plan import BranchPlan, Plan, SplitPlan, child, paths_at, prefixes
+from .segments import Segments, call, chain, cut
+from .statistics import collect_level, evaluating
+from .widths import solve_scale
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What one branch will keep, shown before it is used (``step(interactive=True)``).
+
+    ``keep`` may be changed in place: any index tensor of the same length, ascending.
+    """
+
+    path: str
+    level: str
+    samples: int
+    keep: dict[str, torch.Tensor]
+    shared: dict[str, torch.Tensor]
+
+
+@dataclass
+class Prepared:
+    """A dense model, cut and understood, ready to be restructured or to give its static twin."""
+
+    segments: Segments
+    example: Any
+    modalities: tuple[Modality, ...]
+    features: tuple[int, ...]
+    groups: tuple[ChannelGroup, ...]
+    scores: dict[str, torch.Tensor]
+    prober: Prober | None
+    config: SigmaBConfig
+    scale: float = 1.0
+    shapes: tuple[dict[str, tuple[int, ...]], ...] = field(default=())
+
+    @property
+    def depth(self) -> int:
+        return len(self.segments.levels)
+
+    def owned(self, segment: int) -> list[ChannelGroup]:
+        return [g for g in self.groups if g.owner == segment and g.prunable]
+
+    def width(self, group: ChannelGroup, branch: str) -> int:
+        return width_of(
+            group,
+            config=self.config,
+            branch=branch,
+            level=self.segments.names[group.owner],
+            branches=2 ** min(group.owner + 1, self.depth),
+            scale=self.scale,
+        )
+
+    def sliced(self, number: int, keep: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[str, Any]]:
+        """Segment ``number`` of the tail with only the kept channels, and its special attributes."""
+        module = self.segments.tail[number]
+        slices = slices_of(self.groups, keep, segment=number, shapes=self.shapes[number + 1])
+        attributes = self.prober.attributes(module, keep, segment=number) if self.prober is not None else {}
+        return slice_module(module, slices, attributes=attributes), attributes
+
+
+def prepare(
+    model: nn.Module | None,
+    example_inputs: Any,
+    *,
+    config: SigmaBConfig,
+    segments: Sequence[nn.Module] | None = None,
+    importance: Callable[[Any], torch.Tensor | None] | None = None,
+    ignored_layers: Sequence[Any] | None = None,
+    customized_pruners: Mapping[type[nn.Module], Any] | None = None,
+    unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
+    root_module_types: Sequence[type] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    output_transform: Callable[[Any], Any] | None = None,
+) -> Prepared:
+    """Cut the model, read one example through it, and collect its channel groups.
+
+    Raises:
+        ConfigError: a level or head name cannot be used, or widths name nothing.
+        ModelError: the model cannot be cut or traced.
+    """
+    if segments is not None:
+        pieces = chain(segments)
+    else:
+        assert model is not None
+        pieces = cut(model, levels=config.levels, head=config.head)
+    modules = [pieces.backbone, *pieces.tail]
+    check_not_shared(modules)
+    with evaluating(modules):
+        frontier = (
+            forward_fn(pieces.backbone, example_inputs)
+            if forward_fn
+            else call(pieces.backbone, example_inputs)
+        )
+        first = frontier
+        modalities: list[Modality] = []
+        features: list[int] = []
+        for segment in pieces.tail:
+            kind = detect(frontier, segment.modules())
+            modalities.append(kind)
+            features.append(kind.pool(frontier).shape[1])
+            frontier = call(segment, frontier)
+    collected = collect_groups(
+        pieces.tail,
+        first,
+        channel_dim=modalities[0].channel_dim,
+        output_transform=output_transform,
+        importance=importance,
+        ignored_layers=ignored_layers,
+        customized_pruners=customized_pruners,
+        unwrapped_parameters=unwrapped_parameters,
+        root_module_types=root_module_types,
+    )
+    shapes = tuple({name: tuple(t.shape) for name, t in named_tensors(m).items()} for m in modules)
+    tensors = {(i, name): t for i, m in enumerate(pieces.tail) for name, t in named_tensors(m).items()}
+    scores = {g.name: collected.scores.get(g.name, None) for g in collected.groups if g.prunable}
+    prepared = Prepared(
+        segments=pieces,
+        example=example_inputs,
+        modalities=tuple(modalities),
+        features=tuple(features),
+        groups=collected.groups,
+        scores={
+            g.name: score if (score := scores[g.name]) is not None else filter_norms(g, tensors)
+            for g in collected.groups
+            if g.prunable
+        },
+        prober=collected.prober,
+        config=config,
+        shapes=shapes,
+    )
+    check_widths(config, collected.groups, pieces.names)
+    for number, name in enumerate(pieces.names[:-1]):
+        if not prepared.owned(number):
+            reasons = "; ".join(
+                f"{g.name}: {g.complete}" for g in collected.groups if g.owner in (-1, number)
+            )
+            raise ModelError(f"level {name!r} has no channels that can be split. {reasons}")
+    straddling = [
+        g
+        for g in collected.groups
+        if g.owner == -1 and any(m.role == "out" and m.tensor != "" for m in g.members)
+    ]
+    for group in straddling:
+        if any(
+            m.role == "out" and not m.tensor.endswith(("running_mean", "running_var")) for m in group.members
+        ):
+            _log.info("%s stays complete: %s", group.name, group.complete)
+    if config.active_ratio is not None:
+        prepared.scale = solve_scale(prepared)
+    return prepared
+
+
+def _node_seed(seed: int, path: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+class Builder:
+    """Restructures level by level; one object, one use."""
+
+    def __init__(self, prepared: Prepared, calibration: Calibration) -> None:
+        self.prepared = prepared
+        self.config = prepared.config
+        self.calibration = calibration
+        self.routers: dict[str, Router] = {}
+        self.specializers: dict[str, nn.Module] = {}
+        self.heads: dict[str, nn.Module] = {}
+        self.branches: dict[str, BranchPlan] = {}
+        self.splits: dict[str, SplitPlan] = {}
+        self.partition: dict[str, torch.Tensor] = {}
+
+    def run(self, progress: Callable[[str, int], None] | None = None) -> Iterator[Allocation]:
+        """Yield every branch's allocation, then build it; afterwards :meth:`net` is ready."""
+        segments = self.prepared.segments
+        with evaluating([segments.backbone, *segments.tail]):
+            for level in range(self.prepared.depth):
+                yield from self._level(level, progress)
+            yield from self._heads()
+
+    def net(self) -> SigmaBNet:
+        plan = Plan(
+            config=self.config,
+            modalities=tuple(kind.name for kind in self.prepared.modalities),
+            features=self.prepared.features,
+            groups=self.prepared.groups,
+            tensors=self.prepared.shapes,
+            branches=self.branches,
+            splits=self.splits,
+        )
+        return SigmaBNet(
+            backbone=slice_module(self.prepared.segments.backbone, {}),
+            routers=self.routers,
+            specializers=self.specializers,
+            heads=self.heads,
+            plan=plan,
+        )
+
+    def _kept(self, path: str) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.tensor(channels, dtype=torch.long)
+            for prefix in prefixes(path)
+            for name, channels in self.branches[prefix].keep.items()
+        }
+
+    def _level(self, level: int, progress: Callable[[str, int], None] | None) -> Iterator[Allocation]:
+        prepared, config = self.prepared, self.config
+        paths = paths_at(level)
+        device = _device_of(prepared.example, prepared.segments)
+        for path in paths:
+            self.routers[path] = self._new_router(path, device)
+        name = prepared.segments.names[level]
+        latents, nodes, spool = collect_level(
+            prepared.segments,
+            self.calibration,
+            prepared.modalities,
+            level=level,
+            descend=self._descend(level),
+            embed=lambda number, pooled: self.routers[paths[number]].projection(pooled),
+            progress=(lambda done: progress(name, done)) if progress else None,
+        )
+        try:
+            label = self._cluster(paths, latents, nodes)
+            means = spool.mean_by(label, 2 * len(paths)).reshape(len(paths), 2, -1)
+        finally:
+            spool.close()
+        sizes = torch.bincount(all_gather_rows(label), minlength=2 * len(paths)).reshape(len(paths), 2)
+        for number, path in enumerate(paths):
+            yield from self._split(level, path, means[number], sizes[number])
+
+    def _new_router(self, path: str, device: torch.device) -> Router:
+        prepared, config = self.prepared, self.config
+        plan = Plan(config, (), prepared.features, prepared.groups, (), self.branches, {})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_node_seed(config.seed, path))
+            router = Router(
+                plan.feature_width(path),
+                config.projection_dim,
+                dropout=config.projection_dropout,
+                temperature=config.router_temperature,
+            )
+        return router.eval().to(device)
+
+    def _descend(self, level: int) -> Callable[[Any], Iterator[tuple[int, torch.Tensor, Any]]]:
+        """Route the backbone's output through the levels built so far, to the nodes at ``level``."""
+        prepared = self.prepared
+        numbers = {path: number for number, path in enumerate(paths_at(level))}
+
+        def visit(path: str, frontier: Any, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, Any]]:
+            depth = len(prefixes(path))
+            if depth == level:
+                yield numbers[path], rows, frontier
+                return
+            kind = prepared.modalities[depth]
+            choice = self.routers[path](kind.pool(frontier)).argmax(dim=1)
+            for branch in (0, 1):
+                index = (choice == branch).nonzero().flatten()
+                if len(index):
+                    part = frontier if len(index) == len(choice) else kind.take(frontier, index)
+                    below = child(path, branch)
+                    yield from visit(below, call(self.specializers[below], part), rows[index])
+
+        def descend(frontier: Any) -> Iterator[tuple[int, torch.Tensor, Any]]:
+            size = prepared.modalities[0].size(frontier)
+            device = (frontier[0] if isinstance(frontier, (tuple, list)) else frontier).device
+            return visit("", frontier, torch.arange(size, device=device))
+
+        return descend
+
+    def _cluster(self, paths: Sequence[str], latents: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+        """Cluster each node's latents, set its router, and label samples 2 * node + branch."""
+        label = torch.zeros(len(latents), dtype=torch.long)
+        for number, path in enumerate(paths):
+            rows = (nodes == number).nonzero().flatten()
+            own = latents[rows]
+            everyone = all_gather_rows(own)
+            if len(everyone) < 2:
+                raise CalibrationError(
+                    f"node {path or 'root'!r} got {len(everyone)} calibration sample(s), and a split needs at least 2: "
+                    "give more or more varied calibration data, or fewer levels"
+                )
+            result = spherical_kmeans(
+                everyone,
+                restarts=self.config.kmeans_restarts,
+                iterations=self.config.kmeans_iterations,
+                seed=_node_seed(self.config.seed, path),
+            )
+            router = self.routers[path]
+            router.linear.weight.copy_(result.centroids)
+            router.linear.bias.zero_()
+            self._objective = {**getattr(self, "_objective", {}), path: result.objective}
+            choice = nn.functional.linear(own, result.centroids).argmax(dim=1)
+            label[rows] = 2 * number + choice
+            self.partition[path] = choice
+        return label
+
+    def _split(self, level: int, path: str, means: torch.Tensor, sizes: torch.Tensor) -> Iterator[Allocation]:
+        prepared, config = self.prepared, self.config
+        below = (child(path, 0), child(path, 1))
+        keep: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+        shared: dict[str, torch.Tensor] = {}
+        activation: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
+        for group in prepared.owned(level):
+            widths = (prepared.width(group, below[0]), prepared.width(group, below[1]))
+            if not group.is_output():
+                for branch in (0, 1):
+                    keep[branch][group.name] = top_channels(
+                        prepared.scores[group.name], widths[branch], group.partitions
+                    )
+                continue
+            values = channel_means(group, means, level + 1)
+            activation[group.name] = (_rounded(values[0]), _rounded(values[1]))
+            if config.partition == "random":
+                values = _random_like(values, _node_seed(config.seed, f"{path}:{group.name}"))
+            common, kept = split_channels(
+                values, widths, shared_ratio=config.shared_ratio, partitions=group.partitions
+            )
+            shared[group.name] = common
+            keep[0][group.name], keep[1][group.name] = kept
+        self.splits[path] = SplitPlan(
+            samples=(int(sizes[0]), int(sizes[1])),
+            objective=self._objective[path],
+            shared={name: tuple(c.tolist()) for name, c in shared.items()},
+            activation=activation,
+        )
+        for branch in (0, 1):
+            allocation = Allocation(
+                below[branch], prepared.segments.names[level], int(sizes[branch]), keep[branch], shared
+            )
+            lengths = {name: len(index) for name, index in allocation.keep.items()}
+            yield allocation
+            self._commit(level, allocation, lengths)
+
+    def _heads(self) -> Iterator[Allocation]:
+        prepared = self.prepared
+        for leaf in paths_at(prepared.depth):
+            keep = {
+                g.name: top_channels(prepared.scores[g.name], prepared.width(g, leaf), g.partitions)
+                for g in prepared.owned(prepared.depth)
+            }
+            allocation = Allocation(leaf, prepared.segments.names[-1], self._samples(leaf), keep, {})
+            lengths = {name: len(index) for name, index in keep.items()}
+            yield allocation
+            self._commit(prepared.depth, allocation, lengths)
+
+    def _samples(self, leaf: str) -> int:
+        parent, _, branch = leaf.rpartition("/")
+        return self.splits[parent].samples[int(branch)]
+
+    def _commit(self, segment: int, allocation: Allocation, lengths: Mapping[str, int]) -> None:
+        """Build one branch's module from its (possibly edited) allocation."""
+        for group in self.prepared.owned(segment):
+            _check_kept(group, allocation.keep.get(group.name), lengths[group.name], allocation.path)
+        keep = {name: tuple(index.tolist()) for name, index in allocation.keep.items()}
+        path = allocation.path
+        known = self.branches.get(path, BranchPlan({}))
+        self.branches[path] = BranchPlan({**known.keep, **keep}, known.attributes)
+        module, attributes = self.prepared.sliced(segment, self._kept(path))
+        if attributes:
+            merged = {**known.attributes, str(segment): attributes}
+            self.branches[path] = BranchPlan({**known.keep, **keep}, merged)
+        if segment == self.prepared.depth:
+            self.heads[path] = module
+        else:
+            self.specializers[path] = module
+
+
+def _check_kept(group: ChannelGroup, index: torch.Tensor | None, length: int, path: str) -> None:
+    where = f"branch {path}, channels of {group.name!r}"
+    if index is None or index.ndim != 1 or len(index) == 0:
+        raise ConfigError(f"{where}: the edited allocation must be a non-empty 1-D index tensor")
+    if bool((index[1:] <= index[:-1]).any()) or int(index[0]) < 0 or int(index[-1]) >= group.size:
+        raise ConfigError(f"{where}: indices must ascend, without repeats, within 0..{group.size - 1}")
+    if group.partitions > 1:
+        blocks = index.reshape(group.partitions, -1) if len(index) % group.partitions == 0 else None
+        step = group.size // group.partitions
+        if blocks is None or not torch.equal(blocks % step, (blocks[:1] % step).expand_as(blocks)):
+            raise ConfigError(
+                f"{where}: every one of the {group.partitions} blocks must keep the same offsets"
+            )
+    if len(index) != length:
+        _log.info("%s: %d channels instead of the %d planned", where, len(index), length)
+
+
+def channel_means(group: ChannelGroup, means: torch.Tensor, frontier: int) -> torch.Tensor:
+    """Mean activation of a group's channels from means over a frontier's positions, (2, C).
+
+    A channel that holds several positions (a flattened feature map) gets their mean.
+    """
+    # The group may leave its segment only later on (a stream that crosses this cut unchanged).
+    member = group.frontiers[frontier if frontier in group.frontiers else min(group.frontiers)]
+    positions, channels = (torch.as_tensor(part) for part in member.pairs(group.size))
+    sums = means.new_zeros(means.shape[0], group.size)
+    sums.index_add_(1, channels, means[:, positions])
+    counts = torch.bincount(channels, minlength=group.size).clamp(min=1)
+    return sums / counts
+
+
+def _rounded(values: torch.Tensor) -> tuple[float, ...]:
+    return tuple(float(f"{v:.6g}") for v in values.tolist())
+
+
+def _random_like(values: torch.Tensor, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(values.shape, generator=generator)
+
+
+def _device_of(example: Any, segments: Segments) -> torch.device:
+    for module in (segments.backbone, *segments.tail):
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def restructure(
+    prepared: Prepared,
+    calibration_data: Iterable[Any] | None,
+    *,
+    progress: Callable[[str, int], None] | None = None,
+) -> SigmaBNet:
+    """Run all phases without a look at the allocations."""
+    builder = Builder(prepared, Calibration(calibration_data, prepared.example))
+    for _ in builder.run(progress):
+        pass
+    return builder.net()

@@ -1,0 +1,211 @@
+"""Save and load: ``plan.json`` beside ``model.safetensors``, no pickle, safe against a kill.
+
+The plan names the checksum of its weights, and renaming the plan is the one step that counts: until
+then the old pair is complete; from then on the new weights are found under their temporary name even
+if the process dies before they are renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..channels import slice_module, slices_of
+from ..channels.slicing import named_tensors
+from ..errors import ConfigError, FormatError, ModelError
+from .net import Router, SigmaBNet
+from .plan import Plan, module_key, paths_at
+from .segments import chain, cut
+
+PLAN = "plan.json"
+WEIGHTS = "model.safetensors"
+_PENDING = WEIGHTS + ".new"
+
+
+def save(net: SigmaBNet, directory: str | os.PathLike[str]) -> Path:
+    """Write ``plan.json`` and ``model.safetensors`` into ``directory``; an older pair is replaced atomically.
+
+    Raises:
+        OSError: no space or no permission; an older pair stays as it was.
+    """
+    from safetensors.torch import save as serialize
+
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().contiguous().cpu() for name, t in net.state_dict().items()}
+    weights = serialize(tensors, metadata={"format": "pt"})
+    record = {
+        **net.plan.to_dict(),
+        "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
+    }
+    record["sha256"] = _digest(record)
+    pending = target / _PENDING
+    draft = target / (PLAN + ".new")
+    try:
+        _write(pending, weights)
+        _write(draft, (json.dumps(record, indent=1) + "\n").encode())
+    except OSError:
+        for path in (pending, draft):
+            path.unlink(missing_ok=True)
+        raise
+    os.replace(draft, target / PLAN)
+    os.replace(pending, target / WEIGHTS)
+    _sync(target)
+    return target
+
+
+def load(
+    directory: str | os.PathLike[str], dense_model: nn.Module | Sequence[nn.Module], *, device: Any = "cpu"
+) -> SigmaBNet:
+    """Rebuild a saved net; bitwise the weights that were saved.
+
+    Args:
+        dense_model: a model of the dense architecture (its weights do not matter; it may be on the
+            meta device), or the segments where the net was built from segments.
+
+    Raises:
+        FormatError: a file is missing, truncated or altered, or from a newer version.
+        ModelError: ``dense_model`` is not the architecture that was restructured; names the tensor.
+    """
+    from safetensors.torch import load as deserialize
+
+    plan, checksum = _read_plan(Path(directory))
+    weights = _read_weights(Path(directory), checksum)
+    net = assemble(plan, dense_model)
+    try:
+        tensors = deserialize(weights)
+    except Exception as error:
+        raise FormatError(f"{WEIGHTS} is damaged: {error}") from error
+    try:
+        net.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise FormatError(f"{WEIGHTS} does not fit {PLAN}: {error}") from error
+    return net.to(device).eval()
+
+
+def read_plan(directory: str | os.PathLike[str]) -> Plan:
+    """The plan of a saved net, without its weights."""
+    return _read_plan(Path(directory))[0]
+
+
+def assemble(plan: Plan, dense_model: nn.Module | Sequence[nn.Module]) -> SigmaBNet:
+    """The net of ``plan`` with slices of ``dense_model``'s weights and fresh routers.
+
+    Raises:
+        ModelError: the dense model does not match the plan; names the first tensor that differs.
+    """
+    if isinstance(dense_model, nn.Module):
+        if not plan.config.levels:
+            raise ConfigError(
+                "this net was built from segments: pass the sequence of segments instead of one model"
+            )
+        segments = cut(dense_model, levels=plan.config.levels, head=plan.config.head)
+    else:
+        segments = chain(list(dense_model))
+    pieces = (segments.backbone, *segments.tail)
+    if len(pieces) != len(plan.tensors):
+        raise ModelError(f"the plan has {len(plan.tensors)} segments, the dense model {len(pieces)}")
+    for piece, expected in zip(pieces, plan.tensors):
+        _check_tensors(piece, expected)
+
+    def sliced(number: int, path: str) -> nn.Module:
+        slices = slices_of(plan.groups, plan.kept(path), segment=number, shapes=plan.tensors[number + 1])
+        return slice_module(
+            segments.tail[number], slices, attributes=plan.branches[path].attributes.get(str(number), {})
+        )
+
+    config = plan.config
+    net = SigmaBNet(
+        backbone=slice_module(segments.backbone, {}),
+        routers={
+            path: Router(
+                plan.feature_width(path),
+                config.projection_dim,
+                dropout=config.projection_dropout,
+                temperature=config.router_temperature,
+            )
+            for path in plan.inner_nodes
+        },
+        specializers={
+            path: sliced(depth - 1, path) for depth in range(1, plan.depth + 1) for path in paths_at(depth)
+        },
+        heads={path: sliced(plan.depth, path) for path in plan.leaves},
+        plan=plan,
+    )
+    assert set(net.heads) == {module_key(path) for path in plan.leaves}
+    return net
+
+
+def _check_tensors(piece: nn.Module, expected: dict[str, tuple[int, ...]]) -> None:
+    actual = {name: tuple(t.shape) for name, t in named_tensors(piece).items()}
+    for name, shape in expected.items():
+        if name not in actual:
+            raise ModelError(
+                f"the dense model has no tensor {name!r}, which the plan expects with shape {shape}"
+            )
+        if actual[name] != shape:
+            raise ModelError(
+                f"tensor {name!r} has shape {actual[name]} in the dense model, the plan expects {shape}"
+            )
+    extra = sorted(set(actual) - set(expected))
+    if extra:
+        raise ModelError(f"the dense model has a tensor {extra[0]!r} that the plan does not know")
+
+
+def _read_plan(directory: Path) -> tuple[Plan, str]:
+    path = directory / PLAN
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FormatError(f"no {PLAN} in {directory}: not a saved SigmaB net") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is truncated or altered: {error}") from error
+    if not isinstance(record, dict):
+        raise FormatError(f"{path} is no plan")
+    plan = None
+    if record.get("sha256") != _digest(record):
+        # A plan from the future may be signed otherwise: say that first.
+        Plan.from_dict(record)
+        raise FormatError(f"{path} was altered: its checksum does not match")
+    plan = Plan.from_dict(record)
+    return plan, str(record["weights"]["sha256"])
+
+
+def _read_weights(directory: Path, checksum: str) -> bytes:
+    found = False
+    for name in (WEIGHTS, _PENDING):
+        with contextlib.suppress(FileNotFoundError):
+            data = (directory / name).read_bytes()
+            found = True
+            if hashlib.sha256(data).hexdigest() == checksum:
+                return data
+    if not found:
+        raise FormatError(f"no {WEIGHTS} in {directory}")
+    raise FormatError(f"{directory / WEIGHTS} is truncated or altered: its checksum is not the one in {PLAN}")
+
+
+def _digest(record: dict[str, Any]) -> str:
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,172 @@
+"""What depends on the kind of data: pool a feature, take some samples of it, know its channels.
+
+A *frontier* is what crosses a cut: a tensor, or a tuple whose first entry holds the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+
+
+class Modality(Protocol):
+    """One kind of data. ``name`` goes into the plan."""
+
+    name: str
+
+    def pool(self, frontier: Any) -> torch.Tensor:
+        """Mean feature per sample, (B, C)."""
+
+    def take(self, frontier: Any, index: torch.Tensor) -> Any:
+        """The frontier of samples ``index`` (n,), in that order."""
+
+    def size(self, frontier: Any) -> int:
+        """Number of samples B."""
+
+    def channel_dim(self, values: tuple[Any, ...], position: int) -> int:
+        """Channel dimension of entry ``position`` of a frontier."""
+
+
+def features(frontier: Any) -> torch.Tensor:
+    """The feature tensor of a frontier."""
+    tensor: torch.Tensor = frontier[0] if isinstance(frontier, (tuple, list)) else frontier
+    return tensor
+
+
+def _map(frontier: Any, index: torch.Tensor) -> Any:
+    if isinstance(frontier, (tuple, list)):
+        return tuple(value.index_select(0, index) if torch.is_tensor(value) else value for value in frontier)
+    return frontier.index_select(0, index)
+
+
+class Vectors:
+    """(B, C)."""
+
+    name = "vectors"
+
+    def pool(self, frontier: Any) -> torch.Tensor:
+        return features(frontier)
+
+    def take(self, frontier: Any, index: torch.Tensor) -> Any:
+        return _map(frontier, index)
+
+    def size(self, frontier: Any) -> int:
+        return features(frontier).shape[0]
+
+    def channel_dim(self, values: tuple[Any, ...], position: int) -> int:
+        return values[position].ndim - 1 if values[position].ndim <= 3 else 1
+
+
+class Images(Vectors):
+    """(B, C, H, W); also (B, C, L) and (B, C, D, H, W). Pooled by the global average."""
+
+    name = "images"
+
+    def pool(self, frontier: Any) -> torch.Tensor:
+        return features(frontier).flatten(2).mean(dim=2)
+
+    def channel_dim(self, values: tuple[Any, ...], position: int) -> int:
+        return 1
+
+
+class Tokens(Vectors):
+    """(B, N, C), class token included. Pooled by the mean over tokens."""
+
+    name = "tokens"
+
+    def pool(self, frontier: Any) -> torch.Tensor:
+        return features(frontier).mean(dim=1)
+
+
+class ChannelsLast(Vectors):
+    """(B, H, W, C) features, as Swin keeps them. Pooled by the global average."""
+
+    name = "channels_last"
+
+    def pool(self, frontier: Any) -> torch.Tensor:
+        return features(frontier).flatten(1, -2).mean(dim=1)
+
+    def channel_dim(self, values: tuple[Any, ...], position: int) -> int:
+        return values[position].ndim - 1
+
+
+class Points(Vectors):
+    """torch-geometric's (x (N, C), pos (N, 3), batch (N,)): points of B clouds, ``batch`` ascending."""
+
+    name = "points"
+
+    def pool(self, frontier: Any) -> torch.Tensor:
+        x, _, batch = frontier
+        total = self.size(frontier)
+        sums = x.new_zeros(total, x.shape[1]).index_add_(0, batch, x)
+        counts = torch.bincount(batch, minlength=total).clamp_(min=1)
+        return sums / counts.unsqueeze(1)
+
+    def take(self, frontier: Any, index: torch.Tensor) -> Any:
+        x, pos, batch = frontier
+        total = self.size(frontier)
+        rank = torch.full((total,), -1, dtype=torch.long, device=batch.device)
+        rank[index] = torch.arange(len(index), device=batch.device)
+        renumbered = rank[batch]
+        rows = (renumbered >= 0).nonzero().flatten()
+        # Clouds in the order of ``index``, points in their own order.
+        rows = rows[torch.argsort(renumbered[rows], stable=True)]
+        return x[rows], pos[rows], renumbered[rows]
+
+    def size(self, frontier: Any) -> int:
+        batch = frontier[2]
+        return int(batch[-1]) + 1 if len(batch) else 0
+
+    def channel_dim(self, values: tuple[Any, ...], position: int) -> int:
+        return 1
+
+
+_KINDS = {kind.name: kind for kind in (Vectors, Images, Tokens, ChannelsLast, Points)}
+
+
+def modality(name: str) -> Modality:
+    """The modality called ``name`` in a plan."""
+    if name not in _KINDS:
+        raise ModelError(f"unknown modality {name!r}; known: {', '.join(_KINDS)}")
+    return _KINDS[name]()
+
+
+def detect(frontier: Any, modules: Iterable[nn.Module]) -> Modality:
+    """The modality of one frontier; ``modules`` (what reads it) settle what shapes alone cannot.
+
+    Raises:
+        ModelError: the frontier has no feature tensor of a known form.
+    """
+    if isinstance(frontier, (tuple, list)) and _is_point_cloud(frontier):
+        return Points()
+    x = features(frontier)
+    if not torch.is_tensor(x) or not x.is_floating_point():
+        raise ModelError(f"the first value that crosses the cut must hold features; it is {_describe(x)}")
+    convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in modules)
+    if x.ndim == 2:
+        return Vectors()
+    if x.ndim == 3:
+        return Images() if convolutional else Tokens()
+    if x.ndim in (4, 5):
+        return Images()
+    raise ModelError(
+        f"features of shape {tuple(x.shape)} are none of (B,C), (B,C,H,W), (B,N,C) or point clouds"
+    )
+
+
+def _is_point_cloud(values: Any) -> bool:
+    if len(values) != 3 or not all(torch.is_tensor(v) for v in values):
+        return False
+    x, pos, batch = values
+    return (
+        x.ndim == pos.ndim == 2 and batch.ndim == 1 and not batch.is_floating_point() and len(x) == len(batch)
+    )
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of {value.dtype}" if torch.is_tensor(value) else type(value).__name__

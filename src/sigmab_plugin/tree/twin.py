@@ -1,0 +1,93 @@
+"""The static twin: one path of the same shape, without routers. The control beside every SigmaB figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..channels import slice_module
+from ..config import SigmaBConfig
+from .allocation import top_channels
+from .build import Prepared, channel_means, prepare
+from .calibration import Calibration
+from .plan import paths_at, prefixes
+from .segments import call
+from .statistics import evaluating
+
+
+class StaticTwin(nn.Module):
+    """Backbone, one specializer per level and a head, in a row; inputs and outputs as the dense model's."""
+
+    def __init__(self, segments: list[nn.Module]) -> None:
+        super().__init__()
+        self.segments = nn.ModuleList(segments)
+
+    def forward(self, *inputs: Any, **named: Any) -> torch.Tensor:
+        if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)) and not named:
+            inputs = tuple(inputs[0])
+        value = self.segments[0](*inputs, **named)
+        for segment in self.segments[1:]:
+            value = call(segment, value)
+        return value
+
+
+def static_twin(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    config: SigmaBConfig,
+    calibration_data: Iterable[Any],
+    **options: Any,
+) -> StaticTwin:
+    """One path of the same shape as SigmaB's, without routers: the control at equal active parameters.
+
+    Output channels are those of largest mean activation over all data; inner ones are chosen as in
+    SigmaB's branches. Where branches differ in width, the largest leaf's widths are taken.
+
+    Args:
+        options: tracing options, as in :func:`sigmab_plugin.tree.build.prepare`.
+
+    Raises:
+        ConfigError, ModelError, CalibrationError: as for ``SigmaBPruner``.
+    """
+    return build_twin(prepare(model, example_inputs, config=config, **options), calibration_data)
+
+
+def build_twin(prepared: Prepared, calibration_data: Iterable[Any] | None) -> StaticTwin:
+    """One path with the widths of the largest leaf; output channels by their mean activation over all data."""
+    calibration = Calibration(calibration_data, prepared.example)
+    segments = prepared.segments
+    with evaluating([segments.backbone, *segments.tail]):
+        sums: list[torch.Tensor | None] = [None] * prepared.depth
+        count = 0
+        for inputs in calibration.batches():
+            frontier = call(segments.backbone, inputs)
+            count += prepared.modalities[0].size(frontier)
+            for level, block in enumerate(segments.levels):
+                frontier = call(block, frontier)
+                total = prepared.modalities[level + 1].pool(frontier).double().sum(dim=0).cpu()
+                previous = sums[level]
+                sums[level] = total if previous is None else previous + total
+        leaf = max(paths_at(prepared.depth), key=lambda path: _channels(prepared, path))
+        keep: dict[str, torch.Tensor] = {}
+        for number, branch in enumerate([*prefixes(leaf), leaf]):
+            for group in prepared.owned(number):
+                score = prepared.scores[group.name]
+                if group.is_output():
+                    mean = sums[number]
+                    assert mean is not None
+                    score = channel_means(group, (mean / count).unsqueeze(0), number + 1)[0]
+                keep[group.name] = top_channels(score, prepared.width(group, branch), group.partitions)
+        tail = [prepared.sliced(number, keep)[0] for number in range(len(segments.tail))]
+        return StaticTwin([slice_module(segments.backbone, {}), *tail])
+
+
+def _channels(prepared: Prepared, leaf: str) -> int:
+    return sum(
+        prepared.width(group, branch)
+        for number, branch in enumerate([*prefixes(leaf), leaf])
+        for group in prepared.owned(number)
+    )

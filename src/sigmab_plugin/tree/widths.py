@@ -1,0 +1,84 @@
+"""Solve for widths that reach a target share of active parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..channels import slices_of
+from ..counting import parameter_count
+from ..errors import ConfigError
+from .allocation import top_channels
+from .plan import paths_at, prefixes
+
+if TYPE_CHECKING:
+    from .build import Prepared
+
+
+def path_parameters(prepared: Prepared, *, scale: float, leaf: str) -> int:
+    """Parameters of one path, routers included, if default widths are multiplied by ``scale``."""
+    previous, prepared.scale = prepared.scale, scale
+    try:
+        keep = {
+            group.name: top_channels(
+                -torch.arange(group.size).float(), prepared.width(group, branch), group.partitions
+            )
+            for number, branch in enumerate([*prefixes(leaf), leaf])
+            for group in prepared.owned(number)
+        }
+    finally:
+        prepared.scale = previous
+    total = parameter_count(prepared.segments.backbone)
+    for number, module in enumerate(prepared.segments.tail):
+        slices = slices_of(prepared.groups, keep, segment=number, shapes=prepared.shapes[number + 1])
+        for name, parameter in module.named_parameters():
+            shape = list(parameter.shape)
+            for dim, index in slices.get(name, {}).items():
+                shape[dim] = len(index)
+            total += math.prod(shape)
+    return total + _router_parameters(prepared, keep)
+
+
+def _router_parameters(prepared: Prepared, keep: dict[str, torch.Tensor]) -> int:
+    dim = prepared.config.projection_dim
+    total = 0
+    for frontier in range(prepared.depth):
+        width = prepared.features[frontier]
+        for group in prepared.groups:
+            if group.name in keep and frontier in group.frontiers:
+                alive = set(keep[group.name].tolist())
+                width -= sum(1 for c in group.frontiers[frontier].pairs(group.size)[1] if c not in alive)
+        total += width * dim + dim + 2 * dim + 2 * dim + 2
+    return total
+
+
+def solve_scale(prepared: Prepared) -> float:
+    """The largest factor on the default widths whose path has at most the asked share of parameters.
+
+    Raises:
+        ConfigError: no factor reaches ``active_ratio``; the message gives the reachable range.
+    """
+    ratio = prepared.config.active_ratio
+    assert ratio is not None
+    dense = parameter_count(prepared.segments.backbone, *prepared.segments.tail)
+    leaf = paths_at(prepared.depth)[0]
+
+    def active(scale: float) -> float:
+        return path_parameters(prepared, scale=scale, leaf=leaf) / dense
+
+    low, high = 0.0, math.sqrt(2**prepared.depth) + 1e-6
+    smallest, largest = active(low), active(high)
+    if not smallest <= ratio <= largest:
+        raise ConfigError(
+            f"active_ratio {ratio} cannot be reached: with these levels a path has between {smallest:.3f} and {largest:.3f} of "
+            "the dense parameters. Cut earlier (a smaller backbone), or ask for another ratio."
+        )
+    for _ in range(40):
+        middle = (low + high) / 2
+        if active(middle) <= ratio:
+            low = middle
+        else:
+            high = middle
+    return low
