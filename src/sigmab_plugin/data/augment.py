@@ -19,7 +19,11 @@ def cifar_augment(images: Tensor, generator: torch.Generator, *, padding: int = 
     columns = left[:, None] + torch.arange(width)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     sample = torch.arange(count)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return (
+        padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
 def point_cloud_augment(

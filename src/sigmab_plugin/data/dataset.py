@@ -119,7 +119,9 @@ def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     shapes = {tuple(value.shape) for value, _ in samples}
     if len(shapes) > 1:
         found = ", ".join(map(str, sorted(shapes)))
-        raise ConfigError(f"samples of different shapes cannot be stacked: {found}; give open_dataset image_size=")
+        raise ConfigError(
+            f"samples of different shapes cannot be stacked: {found}; give open_dataset image_size="
+        )
     return torch.stack([value for value, _ in samples]), torch.tensor([label for _, label in samples])
 
 

@@ -105,7 +105,9 @@ def digits(split: str | None = None) -> Dataset:
 def _paths(path: PathLike | Sequence[PathLike]) -> list[Path]:
     if isinstance(path, (str, os.PathLike)):
         text = os.fspath(path)
-        names: list[str] = [text] if os.path.exists(text) else [p.strip() for p in text.split(",") if p.strip()]
+        names: list[str] = (
+            [text] if os.path.exists(text) else [p.strip() for p in text.split(",") if p.strip()]
+        )
     else:
         names = [os.fspath(p) for p in path]
     if not names:
@@ -162,7 +164,9 @@ def _open_images(
     classes = sorted({name.split("/")[-2] for name, _ in members})
     position = {name: i for i, name in enumerate(classes)}
     labels = [position[name.split("/")[-2]] for name, _ in members]
-    key = "\n".join([str(image_size), *(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths)])
+    key = "\n".join(
+        [str(image_size), *(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths)]
+    )
     key += "\n" + "\n".join(name for name, _ in members)
     values = _decoded(members, cache_dir, hashlib.sha256(key.encode()).hexdigest()[:16], image_size)
     return _image_dataset(values, labels, classes, mean, std)
@@ -203,7 +207,9 @@ def _decoded(
     for i, (name, read) in enumerate(members):
         image = first if i == 0 else _decode_image(name, read, image_size)
         if image.shape != first.shape:
-            raise ConfigError(f"{name} is {image.shape[:2]} but others are {first.shape[:2]}; give image_size=")
+            raise ConfigError(
+                f"{name} is {image.shape[:2]} but others are {first.shape[:2]}; give image_size="
+            )
         values[i] = image
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -318,7 +324,9 @@ def _open_hdf5(paths: Sequence[Path], split: str | None) -> Dataset:
     if split is not None:
         chosen = [f for f in files if split in f.stem]
         if not chosen:
-            raise ConfigError(f"no HDF5 file named after split {split!r} among {', '.join(f.name for f in files)}")
+            raise ConfigError(
+                f"no HDF5 file named after split {split!r} among {', '.join(f.name for f in files)}"
+            )
         files = chosen
     elif {s for s in ("train", "test") for f in files if s in f.stem} == {"train", "test"}:
         raise ConfigError(f"{paths[0]}: several splits (there: 'test', 'train'); give split= one of them")

@@ -130,7 +130,9 @@ def ball_query(
     """
     _check(pos, batch, backend)
     if not radius > 0 or max_neighbours < 1:
-        raise ConfigError(f"ball query needs radius > 0 and max_neighbours >= 1; got {radius}, {max_neighbours}")
+        raise ConfigError(
+            f"ball query needs radius > 0 and max_neighbours >= 1; got {radius}, {max_neighbours}"
+        )
     ptr, centre_ptr = offsets(batch), offsets(centre_batch)
     if len(ptr) != len(centre_ptr):
         raise ConfigError(f"{len(ptr) - 1} clouds of points but {len(centre_ptr) - 1} of centres")
@@ -141,7 +143,9 @@ def ball_query(
     queries, query_mask = pad(centres.detach(), centre_ptr)
     block = max(1, _BLOCK // (points.shape[1] * queries.shape[1]))
     tables = [
-        _first_within(queries[i : i + block], points[i : i + block], mask[i : i + block], radius, max_neighbours)
+        _first_within(
+            queries[i : i + block], points[i : i + block], mask[i : i + block], radius, max_neighbours
+        )
         for i in range(0, len(points), block)
     ]
     table = torch.cat(tables)  # (B, S, K), N_max where there is no neighbour
@@ -197,7 +201,9 @@ def _compiled() -> tuple[_Sample, _Query] | None:
         if hasattr(ops, "fps") and hasattr(ops, "radius"):
             _log.info("point clouds: pyg-lib's compiled kernels are used")
 
-            def radius_pyg(p: Tensor, c: Tensor, pp: Tensor, cp: Tensor, b: Tensor, cb: Tensor, r: float, k: int) -> Tensor:
+            def radius_pyg(
+                p: Tensor, c: Tensor, pp: Tensor, cp: Tensor, b: Tensor, cb: Tensor, r: float, k: int
+            ) -> Tensor:
                 return ops.radius(p, c, pp, cp, r, k, 1, False).flip(0)
 
             return (lambda p, ptr, b, ratio, start: ops.fps(p, ptr, ratio, start)), radius_pyg
@@ -205,10 +211,14 @@ def _compiled() -> tuple[_Sample, _Query] | None:
         cluster: Any = importlib.import_module("torch_cluster")
         _log.info("point clouds: torch-cluster's compiled kernels are used")
 
-        def radius_cluster(p: Tensor, c: Tensor, pp: Tensor, cp: Tensor, b: Tensor, cb: Tensor, r: float, k: int) -> Tensor:
+        def radius_cluster(
+            p: Tensor, c: Tensor, pp: Tensor, cp: Tensor, b: Tensor, cb: Tensor, r: float, k: int
+        ) -> Tensor:
             return cluster.radius(p, c, r, b, cb, max_num_neighbors=k).flip(0)
 
-        return (lambda p, ptr, b, ratio, start: cluster.fps(p, b, ratio=ratio, random_start=start)), radius_cluster
+        return (
+            lambda p, ptr, b, ratio, start: cluster.fps(p, b, ratio=ratio, random_start=start)
+        ), radius_cluster
     _log.info("point clouds: neither pyg-lib nor torch-cluster is installed, plain torch is used")
     return None
 

@@ -112,7 +112,7 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         stages = []
-        for index, (stage_planes, count) in enumerate(zip(planes, layers)):
+        for index, (stage_planes, count) in enumerate(zip(planes, layers, strict=True)):
             stages.append(_stage(block, channels, stage_planes, count, stride=1 if index == 0 else 2))
             channels = stage_planes * block.expansion
         self.layer1, self.layer2, self.layer3, self.layer4 = stages

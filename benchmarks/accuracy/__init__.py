@@ -1,0 +1,1 @@
+"""The accuracy benchmark: one training loop for every arm, experiments as recipes, results as JSON."""
