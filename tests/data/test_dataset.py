@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+
 from sigmab_plugin.data import (
     ArrayDataset,
     cifar_augment,

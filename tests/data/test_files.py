@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from sigmab_plugin.data import open_dataset
 from sigmab_plugin.errors import ConfigError, FormatError
 

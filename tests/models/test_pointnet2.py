@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
-from sigmab_plugin.counting import macs, parameter_count
-from sigmab_plugin.errors import ConfigError, FormatError
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sigmab_plugin.counting import macs, parameter_count
+from sigmab_plugin.errors import ConfigError, FormatError
 
 pytest.importorskip("torch_geometric")
 

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from sigmab_plugin.errors import ConfigError
 from sigmab_plugin.models.pointops import ball_query, farthest_point_sampling
-from torch import Tensor
 
 SIZES = (40, 7, 64)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from sigmab_plugin.counting import macs, parameter_count
 from sigmab_plugin.errors import ConfigError
 from sigmab_plugin.models import ResNet, cifar_resnet18, cifar_resnet50, imagenet_resnet50
