@@ -1,0 +1,102 @@
+"""Depth pruning inside a SigmaB tree: every leaf ends earlier, in an auxiliary head of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...counting import as_arguments
+from ...errors import ModelError
+from .config import DepthPruningConfig
+from .cuts import kept_part, trace
+from .network import AuxiliaryHead
+from .training import run_stages
+
+
+def is_tree(model: nn.Module) -> bool:
+    """Whether ``model`` is a SigmaB net."""
+    from ...tree.net import SigmaBNet
+
+    return isinstance(model, SigmaBNet)
+
+
+def prune_leaves(
+    net: Any, example_inputs: Any, *, cut: str = "", head_widths: Sequence[int] = (32, 16), seed: int = 0
+) -> Any:
+    """Shorten the last specializer of every leaf and give the leaf an untrained auxiliary head.
+
+    Backbone, routers and the other specializers stay as they are, so the routing stays the same.
+
+    Args:
+        net: a SigmaB net whose frontiers are 2-D feature maps; left as it was.
+        example_inputs: one batch; a bare tensor is one input, a tuple is splatted.
+        cut: last layer that is kept of the last specializers, by its name inside them; ``""`` drops
+            them, and the heads read what the level above gives.
+
+    Raises:
+        ModelError: the frontiers are not 2-D feature maps.
+        ConfigError: no such cut (the message lists those there are).
+    """
+    pruned = copy.deepcopy(net).eval()
+    arguments = as_arguments(example_inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classes = pruned(*arguments).shape[-1]
+        backbone = pruned.backbone(*arguments)
+        for leaf in pruned.leaves:
+            steps = leaf.split("/")
+            keys = ["_".join(steps[: depth + 1]) for depth in range(len(steps))]
+            frontier = backbone
+            for key in keys[:-1]:
+                frontier = pruned.specializers[key](frontier)
+            specializer: nn.Module = nn.Identity()
+            if cut:
+                traced = trace(pruned.specializers[keys[-1]], (frontier,))
+                specializer = kept_part(pruned.specializers[keys[-1]], traced, traced.find(cut))
+                frontier = specializer(frontier)
+            if not isinstance(frontier, torch.Tensor) or frontier.dim() != 4:
+                raise ModelError(
+                    f"depth_pruning: leaf {leaf!r} would read {_describe(frontier)}; the auxiliary head needs a "
+                    "2-D feature map (B, C, H, W)"
+                )
+            pruned.specializers[keys[-1]] = specializer
+            head = AuxiliaryHead(frontier.shape[1], classes, widths=head_widths)
+            pruned.heads[keys[-1]] = head.to(device=frontier.device, dtype=frontier.dtype).eval()
+    return pruned
+
+
+def train_leaf_heads(net: Any, train_data: Iterable[Any], config: DepthPruningConfig) -> list[float]:
+    """Train the auxiliary heads with the tree's own loss (eq. 8); in place, eval mode afterwards.
+
+    With ``config.freeze`` everything else stays, routers included. Returns the mean loss of every epoch.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in net.parameters()}
+    if config.freeze:
+        net.requires_grad_(False)
+        net.heads.requires_grad_(True)
+
+    def training_mode() -> None:
+        net.train()
+        if config.freeze:
+            net.eval()
+            net.heads.train()
+
+    def loss(inputs: tuple[Any, ...], targets: Any) -> torch.Tensor:
+        value: torch.Tensor = net.loss(inputs if len(inputs) > 1 else inputs[0], targets)
+        return value
+
+    try:
+        return run_stages(net, train_data, config, loss=loss, training_mode=training_mode)
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _describe(frontier: Any) -> str:
+    return (
+        f"a tensor {tuple(frontier.shape)}" if isinstance(frontier, torch.Tensor) else type(frontier).__name__
+    )
