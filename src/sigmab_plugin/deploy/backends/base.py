@@ -1,0 +1,51 @@
+"""What a runtime has to offer."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...errors import MissingDependencyError
+from ..manifest import Node, TensorEntry
+
+Array = np.ndarray[Any, Any]
+
+
+class Bound(Protocol):
+    """A node with its weights: arrays in, arrays out. Safe to call from several threads."""
+
+    def __call__(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]: ...
+
+
+class Backend(Protocol):
+    """One runtime for one bundle."""
+
+    name: str
+
+    def program(self, node: Node, data: bytes) -> Any:
+        """Prepare a node's program, without weights; done once per node."""
+
+    def bind(self, node: Node, program: Any, weights: mmap.mmap | None) -> Bound:
+        """A program over ``weights``, the bytes of the node's region. Dropping the result frees them."""
+
+
+def views(node: Node, weights: mmap.mmap | None) -> Iterator[tuple[TensorEntry, Array]]:
+    """The tensors of a region as arrays over its bytes, nothing copied. Types NumPy lacks come as uint8."""
+    for entry in node.weights.tensors:
+        if weights is None:
+            yield entry, np.zeros(entry.shape, entry.dtype)
+            continue
+        raw = np.frombuffer(weights, np.uint8, entry.nbytes, entry.offset)
+        try:
+            dtype = np.dtype(entry.dtype)
+        except TypeError:
+            yield entry, raw
+        else:
+            yield entry, raw.view(dtype).reshape(entry.shape)
+
+
+def missing(runtime: str, extra: str, error: ImportError) -> MissingDependencyError:
+    return MissingDependencyError(f"backend {runtime!r} needs {runtime}; install it with: pip install {extra} ({error})")

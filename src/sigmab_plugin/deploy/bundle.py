@@ -1,0 +1,216 @@
+"""Writing bundles: one artefact per node, a manifest, all or nothing."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .manifest import FileEntry, Manifest, Node, Region, Value
+from .nodes import NodeSource, chain, cut, evaluating
+from .writing import BundleWriter, RawTensor, atomic_directory, write_manifest
+
+_log = logging.getLogger(__name__)
+
+#: Bundle format -> module with ``export_artefact``.
+FORMATS = {
+    "onnx": ".formats.onnx",
+    "openvino": ".formats.openvino",
+    "torch": ".formats.torch",
+    "executorch": ".formats.executorch",
+}
+LAYOUTS = ("portable", "native")
+PRECISIONS = ("fp32", "fp16", "int8", "int8-weights", "int4-weights")
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a format makes of a node. ``companions`` are further files, written once the region is known."""
+
+    program: bytes
+    suffix: str
+    tensors: Sequence[RawTensor]
+    companions: Callable[[Region], dict[str, bytes]] | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to export; see :func:`export`."""
+
+    format: str
+    precision: str
+    layout: str
+    modality: str
+    calibration: dict[str, list[tuple[Any, ...]]] | None = None
+
+
+def export(
+    net: Any,
+    example_inputs: Any,
+    directory: str | Path,
+    *,
+    format: str = "onnx",
+    precision: str = "fp32",
+    layout: str = "portable",
+    calibration_data: Any = None,
+    packed: bool = False,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write ``net`` as a bundle, the split form: the backbone, and one artefact per inner node and leaf.
+
+    Args:
+        net: a SigmaB net; it is left as it was.
+        example_inputs: a batch, or a tuple of positional arguments. The batch size stays free.
+        directory: appears whole or not at all.
+        format: "onnx", "openvino", "torch" or "executorch".
+        precision: "fp32"; "fp16" stores weights in 16 bits; "int8-weights" and "int4-weights" store them as
+            integers with a scale per output channel (or block); all three compute in float32. "int8"
+            quantizes activations too and needs ``calibration_data``. ONNX only, but for "fp32" and "fp16".
+        layout: "portable", or "native": optimised for this machine and refused on others (ONNX only).
+        calibration_data: for "int8": batches of inputs, each leaf is calibrated with the samples routed to it.
+        packed: one file for all weights instead of one per node.
+        overwrite: replace a bundle that exists.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        ConfigError: options that do not go together.
+        ModelError: a node cannot be exported; the message names it and why.
+        FormatError: ``directory`` exists and is no bundle, or is one and ``overwrite`` is off.
+        MissingDependencyError: the format's library is not installed.
+    """
+    with evaluating(net):
+        sources = cut(net, example_inputs)
+        calibration = None
+        if precision == "int8":
+            if calibration_data is None:
+                raise ConfigError("precision='int8' needs calibration_data: batches of real inputs")
+            from .quantization import collect
+
+            calibration = collect(sources, calibration_data, net.modality.name)
+        options = _options(format, precision, layout, net.modality.name, calibration)
+        plan = net.plan.to_dict() if net.plan is not None else None
+        return _write(sources, tuple(net.leaves), plan, options, directory, packed=packed, overwrite=overwrite)
+
+
+def export_chain(
+    modules: Sequence[nn.Module],
+    example_inputs: Any,
+    directory: str | Path,
+    *,
+    format: str = "onnx",
+    precision: str = "fp32",
+    layout: str = "portable",
+    packed: bool = False,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write an unbranched network (a dense network or a static twin) as a bundle that the same runner runs.
+
+    ``modules`` are its consecutive parts, run one after the other; with one part, the whole network is one
+    artefact. Other arguments and errors: see :func:`export`.
+    """
+    if precision == "int8":
+        raise ConfigError("precision='int8' is for SigmaB nets; use fp32, fp16, int8-weights or int4-weights")
+    with evaluating(*modules):
+        sources = chain(modules, example_inputs)
+        options = _options(format, precision, layout, "images", None)
+        leaves = (sources[-1].path,)
+        return _write(sources, leaves, None, options, directory, packed=packed, overwrite=overwrite)
+
+
+def _options(format: str, precision: str, layout: str, modality: str, calibration: Any) -> Options:
+    for name, value, known in (
+        ("format", format, tuple(FORMATS)),
+        ("precision", precision, PRECISIONS),
+        ("layout", layout, LAYOUTS),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    if layout == "native" and format != "onnx":
+        raise ConfigError(f"layout='native' is for format='onnx'; {format!r} bundles are portable")
+    if precision not in ("fp32", "fp16") and format != "onnx":
+        raise ConfigError(f"precision={precision!r} is for format='onnx'; {format!r} takes fp32 or fp16")
+    if layout == "native" and precision in ("int8-weights", "int4-weights"):
+        raise ConfigError(f"precision={precision!r} scales whole channels, which layout='native' blocks: use 'portable'")
+    return Options(format, precision, layout, modality, calibration)
+
+
+def _write(
+    sources: Sequence[NodeSource],
+    leaves: tuple[str, ...],
+    plan: dict[str, Any] | None,
+    options: Options,
+    directory: str | Path,
+    *,
+    packed: bool,
+    overwrite: bool,
+) -> Manifest:
+    exporter = import_module(FORMATS[options.format], __package__)
+    nodes: list[Node] = []
+    with atomic_directory(Path(directory), overwrite=overwrite) as work:
+        writer = BundleWriter(work, packed=packed)
+        for index, source in enumerate(sources):
+            artefact: Artefact = exporter.export_artefact(source, options)
+            stem = f"{index:02d}_{source.key}"
+            region = writer.weights(stem, artefact.tensors)
+            program = writer.file(f"{stem}{artefact.suffix}", artefact.program)
+            companions: dict[str, FileEntry] = {}
+            if artefact.companions is not None:
+                for suffix, data in artefact.companions(region).items():
+                    companions[suffix.strip(".")] = writer.file(f"{stem}{suffix}", data)
+            nodes.append(_node(source, options, program, region, companions))
+            _log.info("%s: %d bytes of weights in %s", source, region.nbytes, region.file)
+        manifest = Manifest(
+            format=options.format,
+            precision=options.precision,
+            layout=options.layout,
+            modality=options.modality,
+            nodes=tuple(nodes),
+            leaves=leaves,
+            plan=plan,
+            requires=exporter.requires(options),
+            producer=_producer(exporter.LIBRARIES),
+        )
+        write_manifest(work, manifest.to_dict())
+    return manifest
+
+
+def _node(
+    source: NodeSource, options: Options, program: FileEntry, region: Region, companions: dict[str, FileEntry]
+) -> Node:
+    def values(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Value, ...]:
+        return tuple(
+            Value(name, str(t.dtype).removeprefix("torch."), (None, *t.shape[1:])) for name, t in zip(names, tensors)
+        )
+
+    return Node(
+        path=source.path,
+        key=source.key,
+        role=source.role,
+        children=source.children,
+        inputs=values(source.inputs, source.example),
+        outputs=values(source.outputs, source.output_example),
+        program=program,
+        weights=region,
+        parameters=source.parameters,
+        extra={"files": {k: [e.file, e.nbytes, e.sha256] for k, e in companions.items()}} if companions else {},
+    )
+
+
+def _producer(libraries: Sequence[str]) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("sigmab-plugin", "torch", *libraries):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

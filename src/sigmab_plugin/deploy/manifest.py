@@ -1,0 +1,233 @@
+"""The manifest of a bundle: plain data, versioned JSON, checked when it is read.
+
+One :class:`Node` per artefact. ``weights`` says where a node's bytes lie: one file, one offset, one
+length, so that one seek and one read bring it. See ``docs/bundle-format.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import FormatError
+
+FORMAT = "sigmab-bundle"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+#: Weight regions start and end on a page, so that they can be read past the page cache or mapped.
+PAGE = 4096
+#: Tensors inside a region start on a cache line.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of a node. ``None`` in ``shape`` is a size that may vary (the batch)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor inside a weight region; ``offset`` counts from the start of the region."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A whole file, relative to the bundle's directory."""
+
+    file: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """A node's weights: ``nbytes`` bytes at ``offset`` of ``file``, both multiples of the page.
+
+    ``used`` is the part that holds tensors; the rest is zero padding, covered by ``sha256`` too.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    used: int
+    sha256: str
+    tensors: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One artefact. ``path`` is "" for the root, "0/1" for a leaf; ``role`` backbone, inner or leaf.
+
+    An inner artefact (and the backbone) returns its frontier and, last, the router's logits over
+    ``children``; with one child there is nothing to choose and no logits. A leaf returns the logits.
+    """
+
+    path: str
+    key: str
+    role: str
+    children: tuple[str, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    program: FileEntry
+    weights: Region
+    parameters: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runner needs besides the files named in it."""
+
+    format: str
+    precision: str
+    layout: str
+    modality: str
+    nodes: tuple[Node, ...]
+    leaves: tuple[str, ...]
+    plan: dict[str, Any] | None = None
+    requires: dict[str, Any] = field(default_factory=dict)
+    producer: dict[str, str] = field(default_factory=dict)
+
+    def node(self, path: str) -> Node:
+        for node in self.nodes:
+            if node.path == path:
+                return node
+        raise FormatError(f"the manifest has no node {path!r}; it has {[n.path for n in self.nodes]}")
+
+    def path_nodes(self, leaf: str) -> tuple[Node, ...]:
+        """The nodes from the root to ``leaf``, in order of use."""
+        parts = leaf.split("/") if leaf else []
+        return tuple(self.node("/".join(parts[:depth])) for depth in range(len(parts) + 1))
+
+    def path_bytes(self) -> dict[str, int]:
+        """Weight bytes of each path, page padding included."""
+        return {leaf: sum(node.weights.nbytes for node in self.path_nodes(leaf)) for leaf in self.leaves}
+
+    def path_parameters(self) -> dict[str, int]:
+        """Parameters of each path as counted on the network before export."""
+        return {leaf: sum(node.parameters for node in self.path_nodes(leaf)) for leaf in self.leaves}
+
+    def to_dict(self) -> dict[str, Any]:
+        body = asdict(self)
+        body["nodes"] = [_node_to_dict(node) for node in self.nodes]
+        paths = {
+            leaf: {"leaf": index, "nodes": [n.path for n in self.path_nodes(leaf)], "nbytes": self.path_bytes()[leaf]}
+            for index, leaf in enumerate(self.leaves)
+        }
+        head = {"type": FORMAT, "version": FORMAT_VERSION, "page": PAGE, "alignment": ALIGNMENT}
+        return {**head, **body, "paths": paths}
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            FormatError: not a manifest, written by a newer version, or a field is missing or wrong.
+        """
+        if body.get("type") != FORMAT:
+            raise FormatError(f"not a {FORMAT} manifest (type is {body.get('type')!r})")
+        version = body.get("version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise FormatError(
+                f"bundle format version {version!r} is newer than the {FORMAT_VERSION} this package reads: "
+                "upgrade sigmab-plugin or export the bundle again"
+            )
+        try:
+            manifest = cls(
+                format=str(body["format"]),
+                precision=str(body["precision"]),
+                layout=str(body["layout"]),
+                modality=str(body["modality"]),
+                nodes=tuple(_node_from_dict(node) for node in body["nodes"]),
+                leaves=tuple(body["leaves"]),
+                plan=body.get("plan"),
+                requires=dict(body.get("requires", {})),
+                producer=dict(body.get("producer", {})),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"the manifest is incomplete or altered ({error!r}): export the bundle again") from error
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        known = {node.path for node in self.nodes}
+        for leaf in self.leaves:
+            self.path_nodes(leaf)
+        for node in self.nodes:
+            for name in (node.program.file, node.weights.file):
+                if Path(name).name != name:
+                    raise FormatError(f"node {node.path!r}: {name!r} must be a plain file name inside the bundle")
+            if not set(node.children) <= known:
+                raise FormatError(f"node {node.path!r} names children that the manifest lacks: {node.children}")
+            if node.weights.offset % PAGE or node.weights.nbytes % PAGE:
+                raise FormatError(f"node {node.path!r}: its weights are not aligned to {PAGE} bytes")
+            for tensor in node.weights.tensors:
+                if tensor.offset < 0 or tensor.nbytes < 0 or tensor.offset + tensor.nbytes > node.weights.nbytes:
+                    raise FormatError(f"node {node.path!r}: tensor {tensor.name!r} lies outside its region")
+
+
+def _node_to_dict(node: Node) -> dict[str, Any]:
+    body = asdict(node)
+    body["weights"]["tensors"] = [
+        [t.name, t.dtype, list(t.shape), t.offset, t.nbytes] for t in node.weights.tensors
+    ]
+    return body
+
+
+def _node_from_dict(body: Mapping[str, Any]) -> Node:
+    weights = body["weights"]
+    tensors = tuple(
+        TensorEntry(str(name), str(dtype), tuple(int(n) for n in shape), int(offset), int(nbytes))
+        for name, dtype, shape, offset, nbytes in weights["tensors"]
+    )
+    return Node(
+        path=str(body["path"]),
+        key=str(body["key"]),
+        role=str(body["role"]),
+        children=tuple(body["children"]),
+        inputs=tuple(_value(v) for v in body["inputs"]),
+        outputs=tuple(_value(v) for v in body["outputs"]),
+        program=FileEntry(str(body["program"]["file"]), int(body["program"]["nbytes"]), str(body["program"]["sha256"])),
+        weights=Region(
+            file=str(weights["file"]),
+            offset=int(weights["offset"]),
+            nbytes=int(weights["nbytes"]),
+            used=int(weights["used"]),
+            sha256=str(weights["sha256"]),
+            tensors=tensors,
+        ),
+        parameters=int(body["parameters"]),
+        extra=dict(body.get("extra", {})),
+    )
+
+
+def _value(body: Mapping[str, Any]) -> Value:
+    return Value(str(body["name"]), str(body["dtype"]), tuple(None if n is None else int(n) for n in body["shape"]))
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """Read ``manifest.json`` of a bundle. Raises :class:`FormatError` if it is missing or broken."""
+    file = Path(directory) / MANIFEST_NAME
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{directory} is not a bundle: cannot read {MANIFEST_NAME} ({error.strerror})") from error
+    except ValueError as error:
+        raise FormatError(f"{file} is not valid JSON ({error}): export the bundle again") from error
+    if not isinstance(body, dict):
+        raise FormatError(f"{file} is not a {FORMAT} manifest")
+    return Manifest.from_dict(body)

@@ -1,0 +1,179 @@
+"""Cutting a net into the modules that become artefacts.
+
+backbone + root's router | specializer + its router, per inner node | specializer + head, per leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..counting import as_arguments, parameter_count
+from ..errors import ModelError
+
+
+@dataclass(frozen=True)
+class NodeSource:
+    """A node before export: its module takes and returns flat tensors only."""
+
+    path: str
+    key: str
+    role: str
+    children: tuple[str, ...]
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    output_example: tuple[Tensor, ...]
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.module)
+
+    def __str__(self) -> str:
+        return f"node {self.path or 'root'!r} ({self.role})"
+
+
+def module_key(path: str) -> str:
+    """Key of a node's module: "root" for the root, "/" replaced by "_" elsewhere."""
+    return path.replace("/", "_") or "root"
+
+
+def children_of(path: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Direct children of ``path`` among ``known``, in branch order."""
+    prefix = f"{path}/" if path else ""
+    found = [p for p in known if p and p.startswith(prefix) and "/" not in p[len(prefix) :]]
+    return tuple(sorted(found, key=lambda p: int(p.rsplit("/", 1)[-1])))
+
+
+def _flat(value: Any) -> tuple[Tensor, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+class _Inner(nn.Module):
+    """body (backbone or specializer), then pooling and the router: frontier tensors, then logits."""
+
+    def __init__(self, body: nn.Module, router: nn.Module, modality: Any, *, root: bool, packed: bool) -> None:
+        super().__init__()
+        self.body, self.router = body, router
+        self._modality, self._root, self._packed = modality, root, packed
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if self._root:
+            frontier = self.body(*inputs)
+        else:
+            frontier = self.body(tuple(inputs) if self._packed else inputs[0])
+        return (*_flat(frontier), self.router(self._modality.pool(frontier)))
+
+
+class _Leaf(nn.Module):
+    def __init__(self, body: nn.Module, head: nn.Module, *, packed: bool) -> None:
+        super().__init__()
+        self.body, self.head, self._packed = body, head, packed
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return _flat(self.head(self.body(tuple(inputs) if self._packed else inputs[0])))
+
+
+class _Chained(nn.Module):
+    """A plain module as one link of a chain: flat tensors in, flat tensors out."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return _flat(self.body(*inputs))
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put ``modules`` into eval mode and give every submodule its own mode back afterwards."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def cut(net: Any, example_inputs: Any) -> tuple[NodeSource, ...]:
+    """Cut a SigmaB net, depth first: root, "0", "0/0", "0/1", "1", ...
+
+    ``example_inputs`` is a batch (or the positional arguments); a batch of one is doubled, because
+    a traced batch of one would be taken for a constant. Call inside :func:`evaluating`.
+    """
+    inputs = _at_least_two(as_arguments(example_inputs), type(net.modality).__name__)
+    frontier = net.backbone(*inputs)
+    packed = isinstance(frontier, (tuple, list))
+    known = (*net.inner_nodes, *net.leaves)
+    sources: list[NodeSource] = []
+
+    def visit(path: str, example: tuple[Tensor, ...], names: tuple[str, ...]) -> None:
+        key, root = module_key(path), path == ""
+        if path in net.leaves:
+            leaf = _Leaf(net.specializers[key], net.heads[key], packed=packed).eval()
+            out = leaf(*example)
+            sources.append(NodeSource(path, key, "leaf", (), leaf, example, names, _names("logits", len(out)), out))
+            return
+        body = net.backbone if root else net.specializers[key]
+        module = _Inner(body, net.routers[key], net.modality, root=root, packed=packed).eval()
+        out = module(*example)
+        frontier_names = _names("frontier", len(out) - 1)
+        children = children_of(path, known)
+        role = "backbone" if root else "inner"
+        outputs = (*(f"{name}_out" for name in frontier_names), "router_logits")
+        sources.append(NodeSource(path, key, role, children, module, example, names, outputs, out))
+        for child in children:
+            visit(child, out[:-1], frontier_names)
+
+    visit("", inputs, _names("input", len(inputs)))
+    return tuple(sources)
+
+
+def chain(modules: Sequence[nn.Module], example_inputs: Any) -> tuple[NodeSource, ...]:
+    """Links of an unbranched network (a dense network or a static twin): a path without routers.
+
+    The links are named "", "0", "0/0", ...; the last one is the only leaf.
+    """
+    if not modules:
+        raise ModelError("a chain needs at least one module")
+    example = _at_least_two(as_arguments(example_inputs), "")
+    names = _names("input", len(example))
+    sources, path = [], ""
+    for index, module in enumerate(modules):
+        last = index == len(modules) - 1
+        link = _Chained(module).eval()
+        out = link(*example)
+        child = f"{path}/0" if path else "0"
+        frontier_names = _names("frontier", len(out))
+        outputs = _names("logits", len(out)) if last else tuple(f"{name}_out" for name in frontier_names)
+        role = "leaf" if last else ("backbone" if index == 0 else "inner")
+        children = () if last else (child,)
+        sources.append(NodeSource(path, module_key(path), role, children, link, example, names, outputs, out))
+        path, example, names = child, out, frontier_names
+    return tuple(sources)
+
+
+def _names(stem: str, count: int) -> tuple[str, ...]:
+    return (stem,) if count == 1 else tuple(f"{stem}_{i}" for i in range(count))
+
+
+def _at_least_two(inputs: tuple[Any, ...], modality: str) -> tuple[Tensor, ...]:
+    for value in inputs:
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"example inputs must be tensors to be exported; got {type(value).__name__}: "
+                "pass the positional tensors that the backbone takes"
+            )
+    if inputs[0].shape[0] >= 2 or len({v.shape[0] for v in inputs}) > 1:
+        return inputs
+    return tuple(torch.cat([v, v]) for v in inputs)

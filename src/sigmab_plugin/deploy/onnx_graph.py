@@ -1,0 +1,234 @@
+"""ONNX graphs of nodes: export, optimise, and move the weights out of the graph.
+
+Needs ``onnx``, ``onnxscript`` and (for optimised layouts) ``onnxruntime``.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import MissingDependencyError, ModelError
+from .manifest import Region
+from .nodes import NodeSource
+from .writing import RawTensor
+
+if TYPE_CHECKING:
+    import onnx
+
+_log = logging.getLogger(__name__)
+
+#: Tensors up to this size stay in the graph: shapes, axes and scalars are part of the program.
+INLINE_BYTES = 256
+OPSET = 18
+
+
+def require(name: str) -> Any:
+    """Import an optional library by name."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"this export needs {name}; install it with: pip install 'sigmab-plugin[deploy]'"
+        ) from error
+
+
+def dynamic_shapes(source: NodeSource, modality: str) -> tuple[dict[int, Any], ...]:
+    """Which sizes of a node's inputs vary: the batch, or for points each tensor's number of rows."""
+    import torch
+
+    if modality == "points" and len(source.example) > 1:
+        rows = torch.export.Dim("points", min=1)
+        same = {t.shape[0] for t in source.example} == {source.example[0].shape[0]}
+        return tuple({0: rows if same else torch.export.Dim(f"rows_{i}", min=1)} for i in range(len(source.example)))
+    batch = torch.export.Dim("batch", min=1)
+    return tuple({0: batch} if t.ndim else {} for t in source.example)
+
+
+def export_failure(source: NodeSource, what: str, error: Exception) -> ModelError:
+    """The error for a node that cannot be exported: which one, to what, why."""
+    cause: BaseException = error
+    while cause.__cause__ is not None or cause.__context__ is not None:
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    detail = next((line for line in str(cause).splitlines() if line.strip()), repr(cause))
+    return ModelError(
+        f"{source} cannot be exported to {what}: {type(cause).__name__}: {detail[:600]}\n"
+        "Rewrite the operation in that module, or use format='torch', which needs torch.export only."
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's warnings concern torch's own migration, not the model."""
+    names = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter._registration")
+    loggers = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
+    try:
+        for logger, _ in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in loggers:
+            logger.setLevel(level)
+
+
+def export_node(source: NodeSource, *, modality: str, opset: int = OPSET) -> onnx.ModelProto:
+    """The node as an ONNX model with its weights inside, batch normalisation folded.
+
+    Raises:
+        ModelError: an operation cannot be exported; names the node and gives the exporter's reason.
+    """
+    require("onnx")
+    require("onnxscript")
+    import torch
+
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                source.module,
+                source.example,
+                dynamo=True,
+                input_names=list(source.inputs),
+                output_names=list(source.outputs),
+                dynamic_shapes=(dynamic_shapes(source, modality),),  # forward takes *inputs
+                opset_version=opset,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises many kinds; all of them mean the same to the caller
+        raise export_failure(source, "ONNX", error) from error
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del model.graph.metadata_props[:]
+    del model.metadata_props[:]
+    for value in model.graph.value_info:
+        del value.metadata_props[:]
+    return model
+
+
+def optimise(model: onnx.ModelProto, *, native: bool) -> onnx.ModelProto:
+    """ONNX Runtime's graph optimisations, done once at export.
+
+    ``native`` also lays convolution weights out in blocks for this machine's vector width, which
+    other machines cannot read (:func:`vector_width` tells them apart); without it the graph is left as is.
+    """
+    if not native:
+        return model
+    onnx, ort = require("onnx"), require("onnxruntime")
+    with tempfile.TemporaryDirectory(prefix="sigmab-") as work:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.optimized_model_filepath = str(Path(work) / "optimised.onnx")
+        options.log_severity_level = 3
+        # Everything external: a protobuf holds 2 GB at most.
+        prefix = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{prefix}_file_name", "optimised.bin")
+        options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(INLINE_BYTES))
+        source = str(Path(work) / "source.onnx")
+        onnx.save(model, source, save_as_external_data=True, location="source.bin")
+        ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnx.load(str(Path(work) / "optimised.onnx"))
+
+
+def vector_width() -> int:
+    """Floats per block that ONNX Runtime uses for convolutions here (8 or 16); 1 if it does not block."""
+    onnx = require("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(np.ones((1, 16, 1, 1), np.float32), "w")
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    graph = helper.make_graph(
+        [node],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 16, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 4, 4])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+    onnx.checker.check_model(model)
+    probe = optimise(model, native=True)
+    # One output channel is padded to a whole block; without blocks it stays one.
+    return max(int(t.dims[0]) for t in probe.graph.initializer)
+
+
+def take_weights(model: onnx.ModelProto) -> list[RawTensor]:
+    """The model's large initializers in order of use, removed from ``model``.
+
+    The graph keeps a graph input of the same name for each: a runtime binds the bytes there without
+    copying, and a session does not have to be built again when a node comes back.
+    """
+    from onnx import helper
+
+    order = {name: i for i, node in enumerate(reversed(model.graph.node)) for name in node.input}
+    large = [t for t in model.graph.initializer if _size(t) > INLINE_BYTES and t.name in order]
+    small = [t for t in model.graph.initializer if _size(t) <= INLINE_BYTES and t.name in order]
+    large.sort(key=lambda t: -order[t.name])
+    tensors = [_raw(t) for t in large]
+    inputs = [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large]
+    kept = [_inline(t) for t in small]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    model.graph.input.extend(inputs)
+    return tensors
+
+
+def with_external_data(model: onnx.ModelProto, region: Region) -> onnx.ModelProto:
+    """The graph of :func:`take_weights` as an ordinary model whose weights lie in ``region``'s file."""
+    import onnx
+    from onnx import TensorProto
+
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    entries = {t.name: t for t in region.tensors}
+    weights = [value for value in whole.graph.input if value.name in entries]
+    data = [value for value in whole.graph.input if value.name not in entries]
+    for value in weights:
+        entry = entries[value.name]
+        tensor = whole.graph.initializer.add()
+        tensor.name, tensor.data_type = value.name, value.type.tensor_type.elem_type
+        tensor.dims.extend(entry.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        where = {"location": region.file, "offset": region.offset + entry.offset, "length": entry.nbytes}
+        for key, setting in where.items():
+            tensor.external_data.add(key=key, value=str(setting))
+    del whole.graph.input[:]
+    whole.graph.input.extend(data)
+    return whole
+
+
+def _size(tensor: onnx.TensorProto) -> int:
+    from onnx import helper
+
+    bits = {22: 4, 21: 4}.get(tensor.data_type)
+    count = int(np.prod(tensor.dims, dtype=np.int64))
+    if bits:
+        return -(-count * bits // 8)
+    return count * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _raw(tensor: onnx.TensorProto) -> RawTensor:
+    from onnx import TensorProto, numpy_helper
+
+    if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
+        name = "int4" if tensor.data_type == TensorProto.INT4 else "uint4"
+        return tensor.name, name, tuple(tensor.dims), bytes(tensor.raw_data)
+    array = numpy_helper.to_array(tensor)
+    return tensor.name, array.dtype.name, tuple(array.shape), np.ascontiguousarray(array).tobytes()
+
+
+def _inline(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    from onnx import numpy_helper
+
+    return numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)

@@ -1,0 +1,323 @@
+"""Runs a bundle: one root-to-leaf path per input, weights loaded when a router asks for them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import mmap
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, FormatError, SigmaBError
+from . import frontier as frontiers
+from .backends import open_backend
+from .frontier import Array, Frontier
+from .manifest import Node, read_manifest
+from .residency import Residency
+from .tracing import Statistics, Trace, quantile
+
+_log = logging.getLogger(__name__)
+
+PREFETCH = ("none", "both", "likely")
+IO = ("auto", "direct", "cached")
+_LATENCIES = 100_000
+
+
+@dataclass(frozen=True)
+class Result:
+    """``logits`` (B, classes) and the leaf index of each sample, (B,)."""
+
+    logits: Array
+    leaves: Array
+
+
+class Runner:
+    """Runs the bundle in ``directory``.
+
+    Args:
+        directory: written by :func:`sigmab_plugin.deploy.export`.
+        backend: "onnxruntime", "openvino", "torch" or "executorch"; None takes the one that fits.
+        budget_bytes: weights in memory at most, reads under way included; None for no limit. The least
+            recently used node makes room; the backbone stays.
+        prefetch: "none"; "both" starts to read all children while their parent computes, and stops the
+            others once the router has chosen; "likely" reads the child that was chosen most often so far.
+        bandwidth: bytes a second that reads may take, to stand in for a slow bus; None for no limit.
+        io: "auto" and "direct" read past the page cache ("auto" drops pages after reading where the file
+            system cannot); "cached" goes through it.
+        retain: False drops each node after its use, backbone too, so that every inference streams its path.
+        verify: compare sha256 at each load of a node.
+        threads: of the runtime, per inference; None leaves it to the runtime.
+        trace: how many events to keep (0: none).
+
+    ``runner(x)`` takes what the network takes, a leading batch dimension included, and returns logits as a
+    NumPy array; samples of a batch are grouped by path. Calls may come from several threads.
+
+    Raises:
+        ConfigError: an unknown option, or a budget smaller than one path (the number needed is in the message).
+        FormatError: no bundle, or a broken manifest. A broken artefact is reported by the call that needs it;
+            other paths go on working.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        backend: str | None = None,
+        budget_bytes: int | None = None,
+        prefetch: str = "none",
+        bandwidth: float | None = None,
+        io: str = "auto",
+        retain: bool = True,
+        verify: bool = True,
+        threads: int | None = None,
+        trace: int = 0,
+    ) -> None:
+        if prefetch not in PREFETCH:
+            raise ConfigError(f"prefetch must be one of {', '.join(PREFETCH)}; got {prefetch!r}")
+        if io not in IO:
+            raise ConfigError(f"io must be one of {', '.join(IO)}; got {io!r}")
+        if bandwidth is not None and not bandwidth > 0:
+            raise ConfigError(f"bandwidth must be more than 0 bytes a second; got {bandwidth!r}")
+        self.directory = Path(directory)
+        self.manifest = read_manifest(self.directory)
+        needed = max(self.manifest.path_bytes().values())
+        if budget_bytes is not None and budget_bytes < needed:
+            raise ConfigError(
+                f"budget_bytes={budget_bytes} is smaller than one path: at least {needed} bytes are needed"
+            )
+        self._backend = open_backend(backend, self.manifest, threads=threads)
+        self._prefetch = prefetch
+        self._nodes = {node.path: node for node in self.manifest.nodes}
+        self._leaf_index = {path: index for index, path in enumerate(self.manifest.leaves)}
+        self._programs: dict[str, Any] = {}
+        self._program_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._closed = False
+        self.trace = Trace(trace)
+        self._choices: dict[str, Counter[str]] = {node.path: Counter() for node in self.manifest.nodes}
+        self._residency = Residency(
+            self.manifest,
+            self._bind,
+            budget=budget_bytes,
+            retain=retain,
+            directory=self.directory,
+            bandwidth=bandwidth,
+            mode=io,
+            verify=verify,
+            trace=self.trace,
+        )
+        self.reset_statistics()
+
+    @property
+    def backend(self) -> str:
+        return self._backend.name
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        return self.manifest.leaves
+
+    def __call__(self, inputs: Any) -> Array:
+        """Logits (B, classes) of one input (B = 1) or of a batch."""
+        return self.run(inputs).logits
+
+    def map(self, batch: Any) -> Array:
+        """Logits (B, classes) of a batch; each node is loaded once and runs all samples that reach it."""
+        return self.run(batch).logits
+
+    async def arun(self, inputs: Any) -> Array:
+        """:meth:`__call__` without blocking the event loop."""
+        with self._lock:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(thread_name_prefix="sigmab-run")
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self, inputs)
+
+    def run(self, inputs: Any) -> Result:
+        """Logits and leaves of a batch."""
+        if self._closed:
+            raise SigmaBError("the runner is closed")
+        begin = time.perf_counter()
+        arrays = frontiers.as_arrays(inputs, tuple(value.dtype for value in self._nodes[""].inputs))
+        parts: list[tuple[Array, str, Frontier]] = []
+        self._visit("", arrays, None, (), parts)
+        total = sum(len(index) for index, _, _ in parts)
+        logits = np.empty((total, *parts[0][2][0].shape[1:]), parts[0][2][0].dtype)
+        leaves = np.empty(total, np.int64)
+        for index, path, outputs in parts:
+            logits[index] = outputs[0]
+            leaves[index] = self._leaf_index[path]
+        self._count(leaves, time.perf_counter() - begin)
+        return Result(logits, leaves)
+
+    def _visit(
+        self,
+        path: str,
+        inputs: Frontier,
+        index: Array | None,
+        upcoming: tuple[str, ...],
+        parts: list[tuple[Array, str, Frontier]],
+    ) -> None:
+        """Run ``path`` for samples ``index`` (None: all), then its chosen children.
+
+        ``upcoming`` are nodes that other samples of the batch will need next.
+        """
+        node = self._nodes[path]
+        bound = self._residency.acquire(path)
+        try:
+            ahead = self._read_ahead(node, upcoming)
+            with self.trace.span("compute", path):
+                outputs = bound(inputs)
+        finally:
+            del bound
+            self._residency.release(path)
+        if not node.children:
+            count = outputs[0].shape[0]
+            parts.append((np.arange(count) if index is None else index, path, outputs))
+            return
+        if len(node.children) == 1:
+            self._visit(node.children[0], outputs, index, upcoming, parts)
+            return
+        frontier, logits = outputs[:-1], outputs[-1]
+        if index is None:
+            index = np.arange(len(logits))
+        branch = logits.argmax(axis=1)
+        chosen = [k for k in range(len(node.children)) if (branch == k).any()]
+        wanted = [node.children[k] for k in chosen]
+        for child in ahead:
+            if child not in wanted:
+                self._residency.cancel(child)
+        with self._lock:
+            self._choices[path].update({node.children[k]: int((branch == k).sum()) for k in chosen})
+        for position, k in enumerate(chosen):
+            rows = np.flatnonzero(branch == k)
+            part = frontier if len(chosen) == 1 else frontiers.take(frontier, rows, self.manifest.modality)
+            self._visit(node.children[k], part, index[rows], (*wanted[position + 1 :][:1], *upcoming), parts)
+
+    def _read_ahead(self, node: Node, upcoming: tuple[str, ...]) -> list[str]:
+        """Start reads that may be needed after ``node``; returns the guesses among them."""
+        if self._prefetch == "none":
+            return []
+        guesses = list(node.children)
+        if len(guesses) > 1:
+            with self._lock:
+                counts = self._choices[node.path]
+                guesses.sort(key=lambda child: -counts[child])
+            if self._prefetch == "likely":
+                guesses = guesses[:1]
+        started = [child for child in guesses if self._residency.prefetch(child)]
+        if not node.children:
+            for path in upcoming[:1]:
+                self._residency.prefetch(path)
+        return started
+
+    def _bind(self, node: Node, buffer: mmap.mmap | None) -> Any:
+        with self._program_lock:
+            program = self._programs.get(node.path)
+            if program is None:
+                program = self._backend.program(node, self._program_bytes(node))
+                self._programs[node.path] = program
+        return self._backend.bind(node, program, buffer)
+
+    def _program_bytes(self, node: Node) -> bytes:
+        name = f"artefact of node {node.path or 'root'!r} cannot be loaded: {node.program.file}"
+        try:
+            data = (self.directory / node.program.file).read_bytes()
+        except OSError as error:
+            raise FormatError(f"{name}: {error.strerror}. Restore it or export again.") from error
+        if len(data) != node.program.nbytes or hashlib.sha256(data).hexdigest() != node.program.sha256:
+            raise FormatError(f"{name} does not match its sha256. Restore it or export again.")
+        return data
+
+    def warm(self, paths: Sequence[str] | None = None) -> None:
+        """Load nodes now (all that exist, or ``paths``), as far as the budget allows."""
+        for path in self._nodes if paths is None else paths:
+            self._residency.acquire(path)
+            self._residency.release(path)
+
+    def drop(self) -> None:
+        """Drop every node that is not in use; the next call reads again."""
+        self._residency.drop_all()
+
+    def resident(self) -> tuple[str, ...]:
+        """Paths of the nodes in memory."""
+        return self._residency.resident()
+
+    def _count(self, leaves: Array, seconds: float) -> None:
+        with self._lock:
+            self._inferences += 1
+            self._samples += len(leaves)
+            self._latencies.append(seconds)
+            previous = self._last_leaf
+            sequence = leaves.tolist() if previous is None else [previous, *leaves.tolist()]
+            self._switches += sum(a != b for a, b in zip(sequence, sequence[1:]))
+            self._last_leaf = sequence[-1] if sequence else previous
+            self._leaf_counts.update(self.manifest.leaves[i] for i in leaves.tolist())
+
+    def statistics(self) -> Statistics:
+        """Counters since the runner was opened or :meth:`reset_statistics`."""
+        r, base = self._residency, self._baseline
+        with self._lock:
+            latencies = list(self._latencies)
+            totals = self._totals()
+            return Statistics(
+                inferences=self._inferences,
+                samples=self._samples,
+                switches=self._switches,
+                resident_bytes=r.resident_bytes,
+                peak_resident_bytes=r.peak_resident_bytes,
+                latency_p50=quantile(latencies, 0.50),
+                latency_p95=quantile(latencies, 0.95),
+                latency_p99=quantile(latencies, 0.99),
+                leaf_counts=dict(self._leaf_counts),
+                **{name: value - base[name] for name, value in totals.items()},
+            )
+
+    def _totals(self) -> dict[str, Any]:
+        r = self._residency
+        return {
+            "bytes_read": r.reader.bytes_read,
+            "reads": r.reader.reads,
+            "hits": r.hits,
+            "misses": r.misses,
+            "evictions": r.evictions,
+            "faults": r.faults,
+            "prefetches": r.prefetches,
+            "prefetches_cancelled": r.prefetches_cancelled,
+            "read_seconds": r.reader.read_seconds,
+            "wait_seconds": r.wait_seconds,
+        }
+
+    def reset_statistics(self) -> None:
+        """Start counting anew; the branch frequencies that guide prefetching are kept."""
+        with self._lock:
+            self._inferences = self._samples = self._switches = 0
+            self._latencies: deque[float] = deque(maxlen=_LATENCIES)
+            self._last_leaf: int | None = None
+            self._leaf_counts: Counter[str] = Counter()
+            self._baseline = self._totals()
+            self._residency.peak_resident_bytes = self._residency.resident_bytes
+
+    def close(self) -> None:
+        """Stop reading and drop everything. Calls under way end or raise."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+        self._residency.close()
+        self._programs.clear()
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,243 @@
+"""Reading weight regions: past the page cache where possible, checked, and at a limited rate if asked.
+
+One thread reads for a whole runner, because the bus that it stands for is one. Jobs are read chunk by
+chunk, so a demanded region overtakes a prefetched one, and a cancelled one stops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import FormatError
+from .manifest import PAGE, Node
+from .tracing import Trace
+
+_log = logging.getLogger(__name__)
+
+DEMAND, PREFETCH = 0, 1
+
+
+class TokenBucket:
+    """Lets ``rate`` bytes a second through. One user at a time; ``burst`` is what an idle time saves up."""
+
+    def __init__(self, rate: float, *, burst: float = 0.0) -> None:
+        if not rate > 0:
+            raise ValueError(f"bandwidth must be more than 0 bytes a second; got {rate!r}")
+        self.rate, self.burst = rate, burst
+        self._free_at = time.perf_counter()
+
+    def take(self, nbytes: int, started: float) -> None:
+        """Return when ``nbytes``, asked for at ``started``, would have come over the bus."""
+        self._free_at = max(self._free_at, started - self.burst / self.rate) + nbytes / self.rate
+        delay = self._free_at - time.perf_counter()
+        if delay > 0:
+            time.sleep(delay)
+
+
+class Job:
+    """One region on its way into memory. ``done`` is set when ``buffer`` is whole or ``error`` says why not."""
+
+    def __init__(self, node: Node, priority: int) -> None:
+        self.node = node
+        self.priority = priority
+        self.buffer: mmap.mmap | None = None
+        self.error: FormatError | None = None
+        self.cancelled = False
+        self.done = threading.Event()
+        self.started = 0.0
+        self._offset = 0
+        self._file = -1
+        self._digest = hashlib.sha256()
+
+
+class Reader:
+    """Reads regions of one bundle on a thread of its own.
+
+    Args:
+        directory: of the bundle.
+        bandwidth: bytes a second, or None for as fast as it goes.
+        mode: ``"direct"`` past the page cache, ``"cached"`` through it, ``"auto"`` direct where the file
+            system can.
+        verify: compare each region's sha256 when it has been read.
+        chunk: bytes per read call.
+        finished: called on the reading thread when a job ends, whatever way.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        bandwidth: float | None,
+        mode: str,
+        verify: bool,
+        trace: Trace,
+        finished: Callable[[Job], None],
+        chunk: int = 1 << 20,
+    ) -> None:
+        self._directory = directory
+        self._bucket = None if bandwidth is None else TokenBucket(bandwidth)
+        if bandwidth is not None:  # about 2 ms a chunk, so that a demanded region need not wait long
+            chunk = int(min(chunk, max(bandwidth * 2e-3, 64 << 10)))
+        self._chunk = -(-chunk // PAGE) * PAGE
+        self.mode = mode
+        self._verify = verify
+        self._trace = trace
+        self._finished = finished
+        self._jobs: list[tuple[int, Job]] = []
+        self._order = itertools.count()
+        self._wake = threading.Condition()
+        self._closed = False
+        self.bytes_read = 0
+        self.reads = 0
+        self.read_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="sigmab-reader", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        with self._wake:
+            self._jobs.append((next(self._order), job))
+            self._wake.notify()
+
+    def demand(self, job: Job) -> None:
+        """Let ``job`` overtake what is only prefetched."""
+        job.priority = DEMAND
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            for _, job in self._jobs:
+                job.cancelled = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._jobs and not self._closed:
+                    self._wake.wait()
+                if not self._jobs:
+                    return
+                entry = min(self._jobs, key=lambda item: (not item[1].cancelled, item[1].priority, item[0]))
+            job = entry[1]
+            ended = True
+            try:
+                ended = self._step(job)
+            except FormatError as error:
+                job.error = error
+            except OSError as error:
+                job.error = _fault(job.node, f"{job.node.weights.file}: {error.strerror or error}")
+            except MemoryError:
+                job.error = _fault(job.node, f"no memory for {job.node.weights.nbytes} bytes")
+            if ended:
+                with self._wake:
+                    self._jobs.remove(entry)
+                self._end(job)
+
+    def _end(self, job: Job) -> None:
+        if job._file >= 0:
+            os.close(job._file)
+            job._file = -1
+        if job.error is not None or job.cancelled:
+            job.buffer = None
+        if job.started:
+            self.reads += 1
+            self.read_seconds += time.perf_counter() - job.started
+            self._trace.add("read", job.node.path, job.started, job._offset)
+        self._finished(job)
+        job.done.set()
+
+    def _step(self, job: Job) -> bool:
+        """Read one chunk of ``job``; True when the job has ended."""
+        region = job.node.weights
+        if job.cancelled:
+            return True
+        if job._file < 0:
+            job.started = time.perf_counter()
+            job._file = self._open(self._directory / region.file)
+            if os.fstat(job._file).st_size < region.offset + region.nbytes:
+                raise _fault(job.node, f"{region.file} is truncated: {region.nbytes} bytes at {region.offset} expected")
+            if region.nbytes == 0:
+                return True
+            job.buffer = mmap.mmap(-1, region.nbytes)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                job.buffer.madvise(mmap.MADV_HUGEPAGE)
+        assert job.buffer is not None
+        begin = time.perf_counter()
+        view = memoryview(job.buffer)[job._offset : job._offset + min(self._chunk, region.nbytes - job._offset)]
+        try:
+            got = self._read(job, view)
+            if got <= 0:
+                raise _fault(job.node, f"{region.file} ended after {job._offset} of {region.nbytes} bytes")
+            if self._verify:
+                job._digest.update(view[:got])
+        finally:
+            view.release()
+        job._offset += got
+        self.bytes_read += got
+        if self._bucket is not None:
+            self._bucket.take(got, begin)
+        if job._offset < region.nbytes:
+            return False
+        if self._verify and job._digest.hexdigest() != region.sha256:
+            raise _fault(job.node, f"{region.file} does not match its sha256")
+        return True
+
+    def _open(self, file: Path) -> int:
+        if self.mode in ("auto", "direct") and hasattr(os, "O_DIRECT"):
+            try:
+                descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+                return descriptor
+            except OSError as error:
+                if error.errno in _MISSING or self.mode == "direct":
+                    raise
+                self._fall_back(error)
+        return os.open(file, os.O_RDONLY)
+
+    def _read(self, job: Job, view: memoryview) -> int:
+        position = job.node.weights.offset + job._offset
+        try:
+            got = _read_at(job._file, view, position)
+        except OSError as error:
+            # Some file systems accept the flag when the file is opened and refuse the read.
+            if self.mode != "auto" or error.errno not in _REFUSED:
+                raise
+            self._fall_back(error)
+            os.close(job._file)
+            job._file = os.open(self._directory / job.node.weights.file, os.O_RDONLY)
+            got = _read_at(job._file, view, position)
+        if self.mode == "dropped":
+            os.posix_fadvise(job._file, position, got, os.POSIX_FADV_DONTNEED)
+        return got
+
+    def _fall_back(self, error: OSError) -> None:
+        self.mode = "dropped" if hasattr(os, "posix_fadvise") else "cached"
+        _log.warning(
+            "%s cannot be read past the page cache (%s): pages are dropped after reading instead",
+            self._directory,
+            error.strerror,
+        )
+
+
+_MISSING = (2, 13, 20, 21, 24, 40)  # no such file, no permission, not a directory, is one, too many files, link loop
+_REFUSED = (22, 95)  # invalid argument, not supported
+
+
+def _read_at(file: int, view: memoryview, position: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [view], position)
+    os.lseek(file, position, os.SEEK_SET)
+    data = os.read(file, len(view))
+    view[: len(data)] = data
+    return len(data)
+
+
+def _fault(node: Node, why: str) -> FormatError:
+    return FormatError(f"artefact of node {node.path or 'root'!r} cannot be loaded: {why}. Restore it or export again.")
