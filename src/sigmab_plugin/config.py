@@ -11,9 +11,10 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, Union
 
@@ -110,11 +111,11 @@ def _check_bounds(algorithm: str, spec: dataclasses.Field[Any], value: Any) -> N
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be finite; got {value!r}")
-    limits = (
-        ("minimum", lambda v, b: v >= b, "at least"),
-        ("maximum", lambda v, b: v <= b, "at most"),
-        ("exclusiveMinimum", lambda v, b: v > b, "more than"),
-        ("exclusiveMaximum", lambda v, b: v < b, "less than"),
+    limits: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
+        ("minimum", operator.ge, "at least"),
+        ("maximum", operator.le, "at most"),
+        ("exclusiveMinimum", operator.gt, "more than"),
+        ("exclusiveMaximum", operator.lt, "less than"),
     )
     for key, holds, words in limits:
         if key in meta and not holds(value, meta[key]):
@@ -174,7 +175,7 @@ def _schema_of(hint: Any) -> dict[str, Any]:
 
 
 #: Width of a level: one number for its output groups, or {"output": n, "inner": n, "<layer>": n}.
-WidthSpec = Union[int, dict[str, int]]
+WidthSpec = int | dict[str, int]
 
 
 @dataclass(frozen=True)

@@ -43,4 +43,4 @@ def macs(module: nn.Module, inputs: Any) -> int:
     runnable = copy.deepcopy(module).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         runnable(*as_arguments(inputs))
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2

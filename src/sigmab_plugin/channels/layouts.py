@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -26,10 +27,10 @@ class Layout:
         partitions: ``partitions(layer, role)`` -> number of equal blocks that must stay equal.
     """
 
-    places: Callable[[nn.Module, str, Sequence[int]], Iterable[Place]]
-    refresh: Callable[[nn.Module], None]
-    coupled: Callable[[nn.Module], bool] = lambda layer: False
-    partitions: Callable[[nn.Module, str], int] = lambda layer, role: 1
+    places: Callable[[Any, str, Sequence[int]], Iterable[Place]]
+    refresh: Callable[[Any], None]
+    coupled: Callable[[Any], bool] = lambda layer: False
+    partitions: Callable[[Any, str], int] = lambda layer, role: 1
 
 
 _layouts: dict[type[nn.Module], Layout] = {}
@@ -44,7 +45,7 @@ def unregister_layout(kind: type[nn.Module]) -> None:
     _layouts.pop(kind, None)
 
 
-def layout_of(layer: nn.Module) -> Layout | None:
+def layout_of(layer: Any) -> Layout | None:
     """The layout of the nearest class in the layer's method resolution order, or None."""
     for kind in type(layer).__mro__:
         if kind in _layouts:
@@ -52,13 +53,13 @@ def layout_of(layer: nn.Module) -> Layout | None:
     return _pyg_layouts().get(type(layer).__module__ + "." + type(layer).__qualname__)
 
 
-def refresh_attributes(layer: nn.Module) -> None:
+def refresh_attributes(layer: Any) -> None:
     layout = layout_of(layer)
     if layout is not None:
         layout.refresh(layer)
 
 
-def _present(layer: nn.Module, *names: str) -> list[str]:
+def _present(layer: Any, *names: str) -> list[str]:
     return [name for name in names if getattr(layer, name, None) is not None]
 
 
@@ -66,11 +67,11 @@ def _present(layer: nn.Module, *names: str) -> list[str]:
 # keep the same offsets, so that one column stands for the same offset of every group.
 
 
-def _is_depthwise(layer: nn.Module) -> bool:
+def _is_depthwise(layer: Any) -> bool:
     return layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
 
 
-def _conv_places(layer: nn.Module, role: str, idxs: Sequence[int]) -> list[Place]:
+def _conv_places(layer: Any, role: str, idxs: Sequence[int]) -> list[Place]:
     bias: list[Place] = [(name, 0, idxs, idxs) for name in _present(layer, "bias")]
     if _is_depthwise(layer):
         return [("weight", 0, idxs, idxs), *bias]
@@ -86,7 +87,7 @@ def _conv_places(layer: nn.Module, role: str, idxs: Sequence[int]) -> list[Place
     return [("weight", dim, positions, idxs), *(bias if role == "out" else [])]
 
 
-def _refresh_conv(layer: nn.Module) -> None:
+def _refresh_conv(layer: Any) -> None:
     rows, columns = layer.weight.shape[0], layer.weight.shape[1]
     if _is_depthwise(layer):
         layer.out_channels = layer.in_channels = layer.groups = rows
@@ -96,7 +97,7 @@ def _refresh_conv(layer: nn.Module) -> None:
         layer.out_channels, layer.in_channels = rows, columns * layer.groups
 
 
-def _conv_partitions(layer: nn.Module, role: str) -> int:
+def _conv_partitions(layer: Any, role: str) -> int:
     return 1 if _is_depthwise(layer) else layer.groups
 
 
@@ -106,34 +107,34 @@ register_layout(
 )
 
 
-def _linear_places(layer: nn.Module, role: str, idxs: Sequence[int]) -> list[Place]:
+def _linear_places(layer: Any, role: str, idxs: Sequence[int]) -> list[Place]:
     if role == "in":
         return [("weight", 1, idxs, idxs)]
     return [(name, 0, idxs, idxs) for name in _present(layer, "weight", "bias")]
 
 
-def _refresh_linear(layer: nn.Module) -> None:
+def _refresh_linear(layer: Any) -> None:
     layer.out_features, layer.in_features = layer.weight.shape
 
 
-def _refresh_pyg_linear(layer: nn.Module) -> None:
+def _refresh_pyg_linear(layer: Any) -> None:
     layer.out_channels, layer.in_channels = layer.weight.shape
 
 
 register_layout(nn.Linear, Layout(_linear_places, _refresh_linear))
 
 
-def _norm_places(layer: nn.Module, role: str, idxs: Sequence[int]) -> list[Place]:
+def _norm_places(layer: Any, role: str, idxs: Sequence[int]) -> list[Place]:
     names = _present(layer, "weight", "bias", "running_mean", "running_var")
     return [(name, 0, idxs, idxs) for name in names]
 
 
-def _always(layer: nn.Module) -> bool:
+def _always(layer: Any) -> bool:
     return True
 
 
-def _set_from_weight(attribute: str) -> Callable[[nn.Module], None]:
-    def refresh(layer: nn.Module) -> None:
+def _set_from_weight(attribute: str) -> Callable[[Any], None]:
+    def refresh(layer: Any) -> None:
         names = _present(layer, "weight", "running_mean")
         if names:
             setattr(layer, attribute, getattr(layer, names[0]).shape[0])
@@ -155,12 +156,12 @@ register_layout(
 )
 
 
-def _layernorm_places(layer: nn.Module, role: str, idxs: Sequence[int]) -> list[Place]:
+def _layernorm_places(layer: Any, role: str, idxs: Sequence[int]) -> list[Place]:
     last = len(layer.normalized_shape) - 1
     return [(name, last, idxs, idxs) for name in _present(layer, "weight", "bias")]
 
 
-def _refresh_layernorm(layer: nn.Module) -> None:
+def _refresh_layernorm(layer: Any) -> None:
     if layer.weight is not None:
         layer.normalized_shape = tuple(layer.weight.shape)
 
@@ -168,25 +169,25 @@ def _refresh_layernorm(layer: nn.Module) -> None:
 register_layout(nn.LayerNorm, Layout(_layernorm_places, _refresh_layernorm, coupled=_always))
 
 
-def _prelu_places(layer: nn.Module, role: str, idxs: Sequence[int]) -> list[Place]:
+def _prelu_places(layer: Any, role: str, idxs: Sequence[int]) -> list[Place]:
     return [("weight", 0, idxs, idxs)] if layer.num_parameters > 1 else []
 
 
 register_layout(nn.PReLU, Layout(_prelu_places, _set_from_weight("num_parameters"), coupled=_always))
 
 
-def _embedding_places(layer: nn.Module, role: str, idxs: Sequence[int]) -> list[Place]:
+def _embedding_places(layer: Any, role: str, idxs: Sequence[int]) -> list[Place]:
     return [("weight", 1, idxs, idxs)]
 
 
-def _refresh_embedding(layer: nn.Module) -> None:
+def _refresh_embedding(layer: Any) -> None:
     layer.embedding_dim = layer.weight.shape[1]
 
 
 register_layout(nn.Embedding, Layout(_embedding_places, _refresh_embedding, coupled=_always))
 
 
-def _attention_places(layer: nn.Module, role: str, idxs: Sequence[int]) -> list[Place]:
+def _attention_places(layer: Any, role: str, idxs: Sequence[int]) -> list[Place]:
     """Embedding channels of a self-attention: rows and columns of q, k, v and of the output."""
     embed = layer.embed_dim
     thrice = [c + part * embed for part in range(3) for c in idxs]
@@ -205,7 +206,7 @@ def _attention_places(layer: nn.Module, role: str, idxs: Sequence[int]) -> list[
     return places
 
 
-def _refresh_attention(layer: nn.Module) -> None:
+def _refresh_attention(layer: Any) -> None:
     layer.embed_dim = layer.kdim = layer.vdim = layer.out_proj.weight.shape[0]
     layer.head_dim = layer.embed_dim // layer.num_heads
 
@@ -232,10 +233,10 @@ def _pyg_layouts() -> dict[str, Layout]:
     }
 
 
-def _refresh_pyg_norm(layer: nn.Module) -> None:
+def _refresh_pyg_norm(layer: Any) -> None:
     layer.in_channels = layer.module.num_features
 
 
-def _refresh_pyg_mlp(layer: nn.Module) -> None:
+def _refresh_pyg_mlp(layer: Any) -> None:
     lins = list(layer.lins)
     layer.channel_list = [lins[0].weight.shape[1], *(lin.weight.shape[0] for lin in lins)]

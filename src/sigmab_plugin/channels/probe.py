@@ -86,7 +86,7 @@ def _restrict(places: Sequence[Place], idxs: Sequence[int]) -> list[Place]:
     wanted = set(idxs)
     result: list[Place] = []
     for tensor, dim, positions, channels in places:
-        pairs = [(p, c) for p, c in zip(positions, channels) if c in wanted]
+        pairs = [(p, c) for p, c in zip(positions, channels, strict=True) if c in wanted]
         result.append((tensor, dim, [p for p, _ in pairs], [c for _, c in pairs]))
     return result
 

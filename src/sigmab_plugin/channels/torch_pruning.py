@@ -52,13 +52,13 @@ class _Anchors(nn.Module):
         super().__init__()
         self.items = nn.ModuleList(
             ChannelAnchor(value.shape[dim], dim, value.ndim) if dim is not None else nn.Identity()
-            for value, dim in zip(frontier, dims)
+            for value, dim in zip(frontier, dims, strict=True)
         )
 
     def forward(self, *frontier: Any) -> tuple[Any, ...]:
         return tuple(
             item(value) if isinstance(item, ChannelAnchor) else value
-            for item, value in zip(self.items, frontier)
+            for item, value in zip(self.items, frontier, strict=True)
         )
 
 
@@ -81,7 +81,7 @@ class _Chain(nn.Module):
         self._output_transform = output_transform or (lambda output: output)
         anchors: list[_Anchors] = []
         with torch.no_grad():
-            for number, segment in enumerate((*tail, None)):
+            for segment in (*tail, None):
                 if segment is None:
                     frontier = self._output_transform(frontier)
                 values = _as_tuple(frontier)
@@ -104,7 +104,7 @@ class _Chain(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         frontier: Any = inputs
-        for anchors, segment in zip(self.anchors, self.segments):
+        for anchors, segment in zip(self.anchors[:-1], self.segments, strict=True):
             frontier = segment(*anchors(*_as_tuple(frontier)))
         return self.anchors[-1](*_as_tuple(self._output_transform(frontier)))[0]
 
@@ -152,7 +152,7 @@ def collect_groups(
 
     check_not_shared(tail)
     copied = copy.deepcopy(nn.ModuleList(tail))
-    originals = dict(zip(_everything(nn.ModuleList(tail)), _everything(copied)))
+    originals: dict[Any, Any] = dict(zip(_everything(nn.ModuleList(tail)), _everything(copied), strict=True))
     for source, target in originals.items():
         if isinstance(source, nn.Parameter) and source.grad is not None:
             target.grad = source.grad.detach().clone()
@@ -160,7 +160,8 @@ def collect_groups(
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
         detached = tuple(v.detach() if torch.is_tensor(v) else v for v in _as_tuple(frontier))
         chain = _Chain(list(copied), detached, channel_dim, output_transform)
-        pruners = {ChannelAnchor: _anchor_pruner(tp), **dict(customized_pruners or {})}
+        pruners: dict[type[nn.Module], Any] = {ChannelAnchor: _anchor_pruner(tp)}
+        pruners.update(customized_pruners or {})
         # Torch-Pruning's own keyword takes a list of pairs, whatever its annotation says.
         unwrapped = [(_counterpart(originals, p), dim) for p, dim in (unwrapped_parameters or [])]
         ignored = [originals[layer] for layer in (ignored_layers or []) if layer in originals]
@@ -176,8 +177,8 @@ def collect_groups(
             )
         except Exception as error:
             raise ModelError(
-                f"Torch-Pruning cannot trace the levels of this model: {error}. Give the layers that it cannot follow as "
-                "ignored_layers or customized_pruners, or cut the model elsewhere."
+                f"Torch-Pruning cannot trace the levels of this model: {error}. Give the layers that it cannot "
+                "follow as ignored_layers or customized_pruners, or cut the model elsewhere."
             ) from error
         roots = tuple(root_module_types or (nn.modules.conv._ConvNd, nn.Linear))
         roots += tuple(kind for kind in (customized_pruners or {}) if isinstance(kind, type))
@@ -193,15 +194,15 @@ class _Reader:
         self.graph, self.chain, self.prober = graph, chain, prober
         self.names: dict[Any, tuple[int, str]] = {}
         self.parameters: dict[int, tuple[int, str]] = {}
-        for number, segment in enumerate(chain.segments):
+        for number, segment in enumerate(chain.segments.children()):
             for name, module in segment.named_modules():
                 self.names.setdefault(module, (number, name))
             for name, parameter in segment.named_parameters():
                 self.parameters.setdefault(id(parameter), (number, name))
         self.anchors = {
             anchor: (number, position)
-            for number, anchors in enumerate(chain.anchors)
-            for position, anchor in enumerate(anchors.items)
+            for number, anchors in enumerate(chain.anchors.children())
+            for position, anchor in enumerate(anchors.get_submodule("items").children())
         }
         self.ignored = {inner for m in ignored if isinstance(m, nn.Module) for inner in m.modules()}
         self.order = {key: i for i, key in enumerate(self.names.values())}
@@ -220,8 +221,8 @@ class _Reader:
                 score = importance(raw)
                 if score is None:
                     raise ConfigError(
-                        f"the importance gives no score for the channels of {group.name!r} (it knows none of its layers); "
-                        "use another importance, or list the layer in ignored_layers"
+                        f"the importance gives no score for the channels of {group.name!r} (it knows none of its "
+                        "layers); use another importance, or list the layer in ignored_layers"
                     )
                 scores[group.name] = score.detach().float().cpu()
         ordered = sorted(groups.values(), key=lambda g: self.order.get(self._key(g), 0))
@@ -246,7 +247,7 @@ class _Reader:
             if type(module).__module__.startswith("torch_pruning"):
                 continue
             role = "out" if self.graph.is_out_channel_pruning_fn(handler) else "in"
-            pairs = sorted(dict.fromkeys(zip(item.idxs, item.root_idxs)))
+            pairs = sorted(dict.fromkeys(zip(item.idxs, item.root_idxs, strict=True)))
             if not pairs:
                 continue
             if module in self.anchors:
@@ -357,7 +358,7 @@ def _add_places(
         if len(positions) and max(positions) >= tensors[tensor].shape[dim]:
             return f"{name} has no channel {max(positions)}"
         full = f"{name}.{tensor}" if name else tensor
-        mapped = sorted(dict.fromkeys((p, to_root[c]) for p, c in zip(positions, channels)))
+        mapped = sorted(dict.fromkeys((p, to_root[c]) for p, c in zip(positions, channels, strict=True)))
         # A coupled layer is listed once for its inputs and once for its outputs.
         members.setdefault((number, full, dim), _member(number, full, dim, role, mapped, size))
     return ""

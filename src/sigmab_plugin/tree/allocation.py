@@ -145,12 +145,12 @@ def split_channels(
     shared = top_channels(a.min(dim=0).values, count)
     rest = torch.ones(a.shape[1], dtype=torch.bool)
     rest[shared] = False
-    kept = []
+    branches = []
     for branch in (0, 1):
         margin = torch.where(rest, a[branch] - a[1 - branch], torch.full_like(a[0], -math.inf))
         specific = top_channels(margin, widths[branch] - count)
-        kept.append(torch.sort(torch.cat([shared, specific])).values)
-    return shared, (kept[0], kept[1])
+        branches.append(torch.sort(torch.cat([shared, specific])).values)
+    return shared, (branches[0], branches[1])
 
 
 def filter_norms(group: ChannelGroup, tensors: Mapping[tuple[int, str], torch.Tensor]) -> torch.Tensor:

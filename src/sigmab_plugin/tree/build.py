@@ -162,16 +162,10 @@ def prepare(
                 f"{g.name}: {g.complete}" for g in collected.groups if g.owner in (-1, number)
             )
             raise ModelError(f"level {name!r} has no channels that can be split. {reasons}")
-    straddling = [
-        g
-        for g in collected.groups
-        if g.owner == -1 and any(m.role == "out" and m.tensor != "" for m in g.members)
-    ]
-    for group in straddling:
-        if any(
-            m.role == "out" and not m.tensor.endswith(("running_mean", "running_var")) for m in group.members
-        ):
-            _log.info("%s stays complete: %s", group.name, group.complete)
+    for group in collected.groups:
+        produced = {m.segment for m in group.members if m.role == "out"}
+        if group.complete and produced - {prepared.depth}:
+            _log.info("%s keeps all %d channels: %s", group.name, group.size, group.complete)
     if config.active_ratio is not None:
         prepared.scale = solve_scale(prepared)
     return prepared
@@ -194,7 +188,7 @@ class Builder:
         self.heads: dict[str, nn.Module] = {}
         self.branches: dict[str, BranchPlan] = {}
         self.splits: dict[str, SplitPlan] = {}
-        self.partition: dict[str, torch.Tensor] = {}
+        self._objective: dict[str, float] = {}
 
     def run(self, progress: Callable[[str, int], None] | None = None) -> Iterator[Allocation]:
         """Yield every branch's allocation, then build it; afterwards :meth:`net` is ready."""
@@ -230,7 +224,7 @@ class Builder:
         }
 
     def _level(self, level: int, progress: Callable[[str, int], None] | None) -> Iterator[Allocation]:
-        prepared, config = self.prepared, self.config
+        prepared = self.prepared
         paths = paths_at(level)
         device = _device_of(prepared.example, prepared.segments)
         for path in paths:
@@ -314,10 +308,9 @@ class Builder:
             router = self.routers[path]
             router.linear.weight.copy_(result.centroids)
             router.linear.bias.zero_()
-            self._objective = {**getattr(self, "_objective", {}), path: result.objective}
+            self._objective[path] = result.objective
             choice = nn.functional.linear(own, result.centroids).argmax(dim=1)
             label[rows] = 2 * number + choice
-            self.partition[path] = choice
         return label
 
     def _split(self, level: int, path: str, means: torch.Tensor, sizes: torch.Tensor) -> Iterator[Allocation]:

@@ -28,8 +28,8 @@ class Calibration:
             )
         if iter(data) is data:
             raise CalibrationError(
-                "calibration_data is a one-shot iterator, and it is read once per level: give a list, a DataLoader, or an "
-                "object whose __iter__ starts afresh"
+                "calibration_data is a one-shot iterator, and it is read once per level: give a list, a DataLoader, "
+                "or an object whose __iter__ starts afresh"
             )
         self._data = data
         self._example = _unwrapped(example)
@@ -75,10 +75,11 @@ class Calibration:
         )
 
     def _check(self, inputs: Any, number: int) -> None:
-        for value, like in zip(_tensors(inputs), _tensors(self._example)):
+        for value, like in zip(_tensors(inputs), _tensors(self._example), strict=True):
             if value.device != like.device:
                 raise CalibrationError(
-                    f"calibration batch {number} is on {value.device}, example_inputs on {like.device}: move one of them"
+                    f"calibration batch {number} is on {value.device}, example_inputs on {like.device}: "
+                    "move one of them"
                 )
             if value.ndim >= 2 and value.shape[1] != like.shape[1]:
                 raise CalibrationError(
@@ -107,7 +108,7 @@ def _alike(value: Any, example: Any) -> bool:
         return (
             isinstance(value, (tuple, list))
             and len(value) == len(example)
-            and all(_alike(v, e) for v, e in zip(value, example))
+            and all(_alike(v, e) for v, e in zip(value, example, strict=True))
         )
     if isinstance(example, dict):
         return isinstance(value, dict) and value.keys() == example.keys()

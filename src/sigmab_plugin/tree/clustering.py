@@ -69,7 +69,8 @@ def spherical_kmeans(
         centroids = _updated(rows, centroids, sums, counts, worst)
     if best_objective == -float("inf"):
         raise CalibrationError(
-            "all calibration samples give the same latent direction, so that they cannot be split: give more varied data"
+            "all calibration samples give the same latent direction, so that they cannot be split: "
+            "give more varied data"
         )
     # The same product as the router's, so that routing reproduces the partition.
     assignment = torch.nn.functional.linear(latents, best_centroids).argmax(dim=1)

@@ -112,7 +112,7 @@ def assemble(plan: Plan, dense_model: nn.Module | Sequence[nn.Module]) -> SigmaB
     pieces = (segments.backbone, *segments.tail)
     if len(pieces) != len(plan.tensors):
         raise ModelError(f"the plan has {len(plan.tensors)} segments, the dense model {len(pieces)}")
-    for piece, expected in zip(pieces, plan.tensors):
+    for piece, expected in zip(pieces, plan.tensors, strict=True):
         _check_tensors(piece, expected)
 
     def sliced(number: int, path: str) -> nn.Module:

@@ -229,17 +229,17 @@ class SigmaBNet(nn.Module):
             return
         kind = self.modalities[depth]
         choice = self._router_logits(path, frontier).argmax(dim=1)
+        parts: list[tuple[int, Any, torch.Tensor | None]] = []
         if len(choice) == 1:
-            parts = [(int(choice), frontier, rows)]
+            parts.append((int(choice), frontier, rows))
         else:
-            parts = []
             for branch in (0, 1):
                 index = (choice == branch).nonzero().flatten()
                 if len(index) == len(choice):
                     parts.append((branch, frontier, rows))
                 elif len(index):
-                    below = index if rows is None else rows[index]
-                    parts.append((branch, kind.take(frontier, index), below))
+                    own = index if rows is None else rows[index]
+                    parts.append((branch, kind.take(frontier, index), own))
         for branch, value, below in parts:
             target = child(path, branch)
             if depth + 1 < stop:

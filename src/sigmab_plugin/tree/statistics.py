@@ -28,7 +28,7 @@ class Spool:
     """Rows of float32 in an anonymous temporary file: appended once, read in blocks."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._columns = 0
         self._count = 0
 

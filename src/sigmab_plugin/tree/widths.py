@@ -72,8 +72,8 @@ def solve_scale(prepared: Prepared) -> float:
     smallest, largest = active(low), active(high)
     if not smallest <= ratio <= largest:
         raise ConfigError(
-            f"active_ratio {ratio} cannot be reached: with these levels a path has between {smallest:.3f} and {largest:.3f} of "
-            "the dense parameters. Cut earlier (a smaller backbone), or ask for another ratio."
+            f"active_ratio {ratio} cannot be reached: with these levels a path has between {smallest:.3f} and "
+            f"{largest:.3f} of the dense parameters. Cut earlier (a smaller backbone), or ask for another ratio."
         )
     for _ in range(40):
         middle = (low + high) / 2
