@@ -1,0 +1,244 @@
+"""NNCF config files, whatever the installed NNCF: sections, the techniques that own them, and their checks.
+
+A config file is ``{"input_info": ..., "compression": section or [sections], "ignored_scopes": [...]}``. Nothing here
+imports NNCF, so that a file can be checked before it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import TechniqueConfig
+from ..errors import ConfigError, MissingDependencyError
+from ..techniques.base import Technique
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_log = logging.getLogger(__name__)
+
+GROUP = "nncf.algorithms"
+
+#: Algorithms of NNCF's own that fix weights or add quantizers: nothing may be restructured after them.
+_FINAL = ("quantization", "weight_compression", "knowledge_distillation")
+#: They find their masks during training: before a restructuring there is nothing to carry over.
+_TRAINED = ("rb_sparsity", "movement_sparsity")
+
+
+class SectionError(ConfigError):
+    """A section, or the order of sections, cannot be used. On NNCF 2.x also a ``jsonschema.ValidationError``."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One entry of ``compression``: the raw JSON, and the technique that owns it (None: NNCF's own)."""
+
+    position: int
+    algorithm: str
+    values: dict[str, Any]
+    technique: Technique | None = None
+
+    @property
+    def config(self) -> TechniqueConfig:
+        """The checked section of a technique of the group ``nncf.algorithms``."""
+        assert self.technique is not None
+        return self.technique.config.from_dict(self.values)
+
+    def __str__(self) -> str:
+        return f"compression[{self.position}] ({self.algorithm})"
+
+
+def nncf_version() -> tuple[int, int]:
+    """(major, minor) of the installed NNCF, without importing it.
+
+    Raises:
+        MissingDependencyError: NNCF is not installed.
+    """
+    try:
+        text = version("nncf")
+    except PackageNotFoundError as error:
+        raise MissingDependencyError(
+            "NNCF is not installed; pip install 'sigmab-plugin[nncf]' (any of 2.17 to 3.4)"
+        ) from error
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+@lru_cache(maxsize=1)
+def techniques() -> dict[str, Technique]:
+    """Algorithm name -> technique, from every installed package that declares the group ``nncf.algorithms``.
+
+    A package that cannot be loaded is reported and left out; it must not take the others with it.
+    """
+    found: dict[str, Technique] = {}
+    for entry in entry_points(group=GROUP):
+        try:
+            technique = entry.load()
+        except Exception as error:
+            _log.warning("entry point %s = %s of group %s cannot be loaded: %s", entry.name, entry.value, GROUP, error)
+            continue
+        if not isinstance(technique, Technique) or technique.name != entry.name:
+            _log.warning(
+                "entry point %s = %s of group %s is no sigmab_plugin.techniques.base.Technique of that name; left out",
+                entry.name,
+                entry.value,
+                GROUP,
+            )
+            continue
+        if found.setdefault(entry.name, technique) is not technique:
+            _log.warning("algorithm %r is offered twice; %s is left out", entry.name, entry.value)
+    return found
+
+
+def read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """The config as a dict: given as one, or as the path of a JSON file.
+
+    Raises:
+        ConfigError: the file does not exist or is no JSON object.
+    """
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is no JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold a JSON object with a key 'compression'")
+    return loaded
+
+
+def sections(config: Mapping[str, Any]) -> tuple[Section, ...]:
+    """The entries of ``compression``, in order.
+
+    Raises:
+        SectionError: an entry is no object or has no ``algorithm``.
+    """
+    raw = config.get("compression", ())
+    entries: Sequence[Any] = [raw] if isinstance(raw, Mapping) else raw
+    result = []
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("algorithm"), str):
+            raise SectionError(f"compression[{position}] must be an object with a key 'algorithm'")
+        algorithm = entry["algorithm"]
+        result.append(Section(position, algorithm, dict(entry), techniques().get(algorithm)))
+    return tuple(result)
+
+
+def check(config: Mapping[str, Any]) -> tuple[Section, ...]:
+    """Check the techniques' sections and the order of all sections; returns :func:`sections`.
+
+    Sections of NNCF's own algorithms are left to NNCF.
+
+    Raises:
+        SectionError: an unknown key, a wrong value, a technique twice, or an order that cannot work.
+    """
+    entries = sections(config)
+    seen: dict[str, Section] = {}
+    for section in entries:
+        if section.technique is None:
+            continue
+        if section.algorithm in seen:
+            raise SectionError(
+                f"{section.algorithm} stands in the list twice: {seen[section.algorithm]} and {section}. A network "
+                "is restructured once; put all options into one section."
+            )
+        seen[section.algorithm] = section
+        try:
+            config_of_section = section.config
+        except ConfigError as error:
+            raise SectionError(f"{section}: {error}") from error
+        if section.algorithm == "sigmab":
+            _check_tree(config_of_section, section)
+        _check_before(entries[: section.position], section)
+    return entries
+
+
+def _check_tree(config: Any, section: Section) -> None:
+    for key in ("levels", "head"):
+        if not getattr(config, key):
+            raise SectionError(f"{section}: {key!r} is missing; for a ResNet-50: levels ['layer3', 'layer4'], head 'fc'")
+
+
+def _check_before(earlier: Sequence[Section], section: Section) -> None:
+    name = section.algorithm
+    for before in earlier:
+        if before.algorithm in _FINAL:
+            raise SectionError(
+                f"{section} stands after {before}: it builds new layers, which would carry no "
+                f"{before.algorithm.replace('_', ' ')}. Put {name!r} before {before.algorithm!r}: "
+                f'[{{"algorithm": "{name}", ...}}, {{"algorithm": "{before.algorithm}", ...}}].'
+            )
+        if before.algorithm in _TRAINED:
+            raise SectionError(
+                f"{section} stands after {before}, which finds its masks during training and would have none yet. "
+                f"Put {name!r} before {before.algorithm!r}."
+            )
+
+
+def module_path(scope: str) -> str:
+    """Qualified module name in an NNCF 2.x scope.
+
+    ``"ResNet/Sequential[layer3]/NNCFConv2d[conv1]/conv2d_0"`` -> ``"layer3.conv1"``; NNCF 3's ``"layer3/conv1/conv2d/0"``
+    is returned as ``"layer3.conv1"`` too.
+    """
+    parts = scope.split("/")
+    if any("[" in part for part in parts):
+        return ".".join(part[part.index("[") + 1 : -1] for part in parts if part.endswith("]"))
+    return ".".join(parts[:-2])
+
+
+def unknown_modules(model: nn.Module, names: Sequence[str]) -> str:
+    """What is wrong with ``names`` as modules of ``model``; empty if nothing is."""
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            children = ", ".join(child for child, _ in model.named_children())
+            hint = f"did you mean {', '.join(near)}?" if near else f"its top-level modules are {children}"
+            return f"{type(model).__name__} has no module {name!r}; {hint}"
+    return ""
+
+
+def covered_levels(model: nn.Module, scopes: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Those of the modules ``names`` whose weighted layers are all matched by ``scopes`` (NNCF's notation)."""
+    covered = []
+    modules = dict(model.named_modules())
+    for name in names:
+        layers = [
+            f"{name}.{inner}" if inner else name
+            for inner, module in modules[name].named_modules()
+            if getattr(module, "weight", None) is not None and module.weight.dim() > 1
+        ]
+        if layers and all(any(_matches(model, layer, scope) for scope in scopes) for layer in layers):
+            covered.append(name)
+    return covered
+
+
+def _matches(model: nn.Module, path: str, scope: str) -> bool:
+    scope_path = module_path(scope)
+    if not scope.startswith("{re}"):
+        named = (scope_path, module_path(scope + "/op"))
+        return any(name and (path == name or path.startswith(name + ".")) for name in named)
+    pattern = re.compile(scope[len("{re}") :])
+    plain, extended = type(model).__name__, type(model).__name__
+    module = model
+    for part in path.split("."):
+        module = module.get_submodule(part)
+        kind = type(module).__name__
+        plain += f"/{kind}[{part}]"
+        extended += f"/{'NNCF' if not list(module.children()) else ''}{kind}[{part}]"
+    operation = {"Linear": "linear_0"}.get(type(module).__name__, type(module).__name__.lower() + "_0")
+    forms = (f"{plain}/{operation}", f"{extended}/{operation}", path.replace(".", "/") + f"/{operation}")
+    return any(pattern.search(form) for form in forms)

@@ -1,0 +1,300 @@
+"""NNCF 2.x builders: one per technique, and the composite that carries a list out in order.
+
+NNCF's own composite lets every algorithm plan on the same graph and applies all plans at once. A technique that builds
+new layers cannot take part in that, so lists with a technique are carried out by :class:`OrderedCompositeBuilder`:
+
+* sections before the last technique are finished on the network as it then is (masks at their target, stripped);
+* the technique replaces the network by a fresh ``NNCFNetwork``;
+* sections behind it are planned and applied on that network by NNCF's builders, together, as NNCF does.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+from nncf.config.extractors import extract_algorithm_names
+from nncf.torch import model_creation
+from nncf.torch.algo_selector import PT_COMPRESSION_ALGORITHMS
+from nncf.torch.composite_compression import PTCompositeCompressionAlgorithmBuilder
+from nncf.torch.compression_method_api import PTCompressionAlgorithmBuilder
+from nncf.torch.graph.transformations.layout import PTTransformationLayout
+from nncf.torch.model_transformer import PTModelTransformer
+from nncf.torch.nncf_network import NNCFNetwork
+from torch import nn
+
+from nncf import NNCFConfig
+
+from ..config import SigmaBConfig
+from ..errors import ConfigError, FormatError
+from ..techniques.base import Technique
+from ..tree.net import SigmaBNet
+from .nncf_schema import check, covered_levels, sections, techniques, unknown_modules
+from .nncf_v2_controller import (
+    FinishedController,
+    OrderedCompositeController,
+    TechniqueController,
+    TreeController,
+)
+from .nncf_v2_data import context_of
+from .nncf_v2_network import adopt, rewrap, unwrap, weights_of
+
+_log = logging.getLogger(__name__)
+
+#: Functions that stand in the net's own forward (pooling, mixing of leaves) rather than in a layer. Quantizers are
+#: addressed by scope and order of calls, and these are called in another order in hard routing.
+_ROOT_FUNCTIONS = r"{re}^[^/\[\]]+/[^/\[\]]+$"
+
+
+class TechniqueBuilder(PTCompressionAlgorithmBuilder):
+    """Applies one technique of the group ``nncf.algorithms`` and returns a network around the result."""
+
+    technique: ClassVar[Technique]
+
+    def __init__(self, config: NNCFConfig, should_init: bool = True) -> None:
+        super().__init__(config, should_init)
+        check(config)
+        section = {key: value for key, value in self._algo_config.items() if key in self._own_keys()}
+        self.section = self.technique.config.from_dict(section)
+        self._state: dict[str, Any] = {}
+        self._dense_parameters = 0
+
+    def _own_keys(self) -> set[str]:
+        return set(self.technique.config.json_schema()["properties"])
+
+    def apply_to(self, model: NNCFNetwork) -> NNCFNetwork:
+        """A new network; the module in ``model`` gets its own classes back and keeps its weights."""
+        interface = model.nncf
+        context = context_of(self.config, model)
+        dense = unwrap(model)
+        self._dense_parameters = sum(p.numel() for p in dense.parameters())
+        if self.should_init:
+            module = self.technique.apply(dense, self.section, context)
+        else:
+            module = self._restore(dense, context)
+        self._state = self._state_of(dense, module)
+        if isinstance(module, SigmaBNet):
+            adopt(module, dense)
+        module.train(dense.training)
+        return rewrap(module, interface)
+
+    def _restore(self, dense: nn.Module, context: Any) -> nn.Module:
+        if "plan" in self._state:
+            return _tree_from_plan(dense, self._state["plan"])
+        shapes = self._state.get("shapes")
+        if shapes == _shapes(dense):
+            return deepcopy(dense)
+        module = self.technique.apply(dense, self.section, context)
+        if shapes is not None and shapes != _shapes(module):
+            raise FormatError(
+                f"{self.name}: the compression state was written for other tensors than this model and config give; "
+                "use the model, the config file and the data of the run that wrote it"
+            )
+        return module
+
+    @staticmethod
+    def _state_of(dense: nn.Module, module: nn.Module) -> dict[str, Any]:
+        if isinstance(module, SigmaBNet):
+            return {"plan": module.plan.to_dict()}
+        return {"shapes": _shapes(module)}
+
+    def _get_state_without_name(self) -> dict[str, Any]:
+        return self._state
+
+    def _load_state_without_name(self, state_without_name: dict[str, Any]) -> None:
+        self._state = state_without_name
+
+    def _build_controller(self, model: NNCFNetwork) -> TechniqueController:
+        kind = TreeController if isinstance(model, SigmaBNet) else TechniqueController
+        return kind(model, self.section, self._dense_parameters)
+
+    def get_transformation_layout(self, model: NNCFNetwork) -> PTTransformationLayout:
+        raise NotImplementedError("a technique replaces the network (apply_to); it has no layout of insertions")
+
+    def initialize(self, model: NNCFNetwork) -> None:
+        """Nothing left to do: the technique has set every weight."""
+
+
+def _tree_from_plan(dense: nn.Module, plan: Mapping[str, Any]) -> SigmaBNet:
+    from ..tree.io import assemble
+    from ..tree.plan import Plan
+
+    return assemble(Plan.from_dict(plan), dense)
+
+
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
+    """See the module's docstring. Lists without a technique go to NNCF's own composite, unchanged."""
+
+    def __init__(self, config: NNCFConfig, should_init: bool = True) -> None:
+        names = extract_algorithm_names(config)
+        offered = techniques()
+        self._split = max((i + 1 for i, name in enumerate(names) if name in offered), default=0)
+        self._finished: dict[str, str] = {}
+        super().__init__(config, should_init)
+        if self._split == 0:
+            return
+        check(config)
+        # NNCF's builders read their scopes from the config when they are made, so the ones that will see the new
+        # network are made from a copy in which the scopes are written for it.
+        later = _config_for_new_network(config, names[self._split :])
+        for number in range(self._split, len(names)):
+            builder = PT_COMPRESSION_ALGORITHMS.get(names[number])
+            self._child_builders[number] = builder(later, should_init=should_init)
+
+    def apply_to(self, model: NNCFNetwork) -> NNCFNetwork:
+        if self._split == 0:
+            return super().apply_to(model)
+        weights = weights_of(model) if self._split > 1 else None
+        original = model
+        try:
+            for child in self.child_builders[: self._split]:
+                model = child.apply_to(model) if isinstance(child, TechniqueBuilder) else self._finish(child, model)
+        finally:
+            unwrap(original)
+            if weights is not None:
+                original.load_state_dict(weights)
+        layout = PTTransformationLayout()
+        later = self.child_builders[self._split :]
+        for child in later:
+            layout.update(child.get_transformation_layout(model))
+        transformed: NNCFNetwork = PTModelTransformer(model).transform(layout)
+        for child in later:
+            if child.should_init:
+                child.initialize(transformed)
+        return transformed
+
+    def _finish(self, child: PTCompressionAlgorithmBuilder, model: NNCFNetwork) -> NNCFNetwork:
+        """Carry an algorithm of NNCF's own out at once, up to its target, and fix the result in the weights."""
+        if not child.should_init:
+            return model  # the weights come from the checkpoint
+        interface = model.nncf
+        model = child.apply_to(model)
+        controller = child.build_controller(model)
+        target = getattr(controller.scheduler, "target_level", None)
+        if target is not None:
+            controller.compression_rate = target
+        with torch.no_grad():
+            controller.prepare_for_export()
+            model = controller.strip_model(model)
+        self._finished[child.name] = controller.statistics().to_str()
+        _log.info("%s: carried out on the network before the restructuring, up to its target %s", child.name, target)
+        return rewrap(unwrap(model), interface)
+
+    def _build_controller(self, model: NNCFNetwork) -> Any:
+        if self._split == 0:
+            return super()._build_controller(model)
+        composite = OrderedCompositeController(model)
+        for child in self.child_builders:
+            if child.name in self._finished:
+                controller = FinishedController(model, self._finished[child.name])
+                controller.set_builder_state_with_name(child.name, {child.name: {}})
+                composite.add(controller)
+            elif isinstance(child, TechniqueBuilder) or child in self.child_builders[self._split :]:
+                composite.add(child.build_controller(model))
+        return composite
+
+    def get_state(self) -> dict[str, Any]:
+        state = super().get_state()
+        for name, text in self._finished.items():
+            state[name] = {"finished": text}
+        return state
+
+    def load_state(self, state: dict[str, dict[str, Any]]) -> None:
+        self._finished = {name: entry["finished"] for name, entry in state.items() if "finished" in (entry or {})}
+        super().load_state({name: entry for name, entry in state.items() if name not in self._finished})
+
+
+def _config_for_new_network(config: NNCFConfig, algorithms: Sequence[str]) -> NNCFConfig:
+    """``config`` with dense scopes rewritten so that they match inside the restructured network too."""
+    rewritten = NNCFConfig(_rewrite_scopes(deepcopy(dict(config))))
+    rewritten.register_extra_structs(config.get_all_extra_structs())
+    entries = rewritten["compression"]
+    for entry in entries:
+        if entry["algorithm"] == "quantization" and "quantization" in algorithms:
+            entry["ignored_scopes"] = [*_as_list(entry.get("ignored_scopes")), _ROOT_FUNCTIONS]
+    return rewritten
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _rewrite_scopes(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _rewrite_scopes(item, name) for name, item in value.items()}
+    if key in ("ignored_scopes", "target_scopes"):
+        return [scope_in_tree(scope) for scope in _as_list(value)]
+    if isinstance(value, list):
+        return [_rewrite_scopes(item) for item in value]
+    return value
+
+
+def scope_in_tree(scope: str) -> str:
+    """A scope of the dense network, rewritten to match wherever the layer stands in the restructured one.
+
+    ``"ResNet/Sequential[layer3]/NNCFConv2d[0]/conv2d_0"`` becomes a regular expression that matches the same layer
+    in every branch. Layers keep their qualified names inside a segment.
+    """
+    if not scope.startswith("{re}"):
+        _, _, rest = scope.partition("/")
+        return "{re}(^|/)" + re.escape(rest) + "$" if rest else scope
+    pattern = scope[len("{re}") :]
+    anchored = re.match(r"\^?\w+/(?=\w+\\?\[)", pattern)
+    return "{re}(^|/)" + pattern[anchored.end() :] if anchored else scope
+
+
+# ---------------------------------------------------------------- registration
+
+
+def register_builders(offered: Mapping[str, Technique]) -> None:
+    """Add a builder per technique to NNCF's registry, and let lists with a technique be carried out in order."""
+    for name, technique in offered.items():
+        if name not in PT_COMPRESSION_ALGORITHMS.registry_dict:
+            builder = type(f"{name.title().replace('_', '')}Builder", (TechniqueBuilder,), {"technique": technique})
+            PT_COMPRESSION_ALGORITHMS.register(name)(builder)
+    if model_creation.PTCompositeCompressionAlgorithmBuilder is not OrderedCompositeBuilder:
+        model_creation.PTCompositeCompressionAlgorithmBuilder = OrderedCompositeBuilder
+        model_creation.create_nncf_network = _checking(model_creation.create_nncf_network)
+
+
+def _checking(original: Any) -> Any:
+    """``create_nncf_network`` is the first step of ``create_compressed_model``: refuse here, before any change."""
+
+    def create_nncf_network(model: nn.Module, config: NNCFConfig, *args: Any, **kwargs: Any) -> NNCFNetwork:
+        check_against_model(model, config)
+        return original(model, config, *args, **kwargs)
+
+    return create_nncf_network
+
+
+def check_against_model(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Raise where a ``sigmab`` section cannot belong to ``model``.
+
+    Raises:
+        ConfigError: a level is no module of the model, or the scopes leave out a level.
+    """
+    for section in sections(config):
+        if not isinstance(section.technique, Technique) or section.algorithm != SigmaBConfig.algorithm:
+            continue
+        check(config)
+        values = section.config
+        assert isinstance(values, SigmaBConfig)
+        names = (*values.levels, values.head)
+        missing = unknown_modules(model, names)
+        if missing:
+            raise ConfigError(f"{section}: {missing}. Is this config for another model?")
+        covered = covered_levels(model, _as_list(config.get("ignored_scopes")), names)
+        if covered:
+            raise ConfigError(
+                f"ignored_scopes cover {', '.join(map(repr, covered))}, which sigmab is to restructure. Scopes at the "
+                "top of the file hold for every algorithm; move them into the section that is to ignore the layers."
+            )
+

@@ -1,0 +1,248 @@
+"""NNCF 2.x controllers of the techniques: loss, scheduler, statistics, strip, export, state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from nncf.api.compression import CompressionStage
+from nncf.api.statistics import Statistics
+from nncf.common.schedulers import BaseCompressionScheduler
+from nncf.common.statistics import NNCFStatistics
+from nncf.common.utils.helpers import create_table
+from nncf.torch.algo_selector import ZeroCompressionLoss
+from nncf.torch.composite_compression import PTCompositeCompressionAlgorithmController
+from nncf.torch.compression_method_api import PTCompressionAlgorithmController, PTCompressionLoss
+from nncf.torch.nncf_network import NNCFNetwork
+from torch import Tensor
+
+from ..config import SigmaBConfig, TechniqueConfig
+from ..errors import TrainingError
+from ..tuning.losses import responsibilities, responsibility_loss
+
+
+class TechniqueStatistics(NNCFStatistics):
+    """NNCF's statistics, open to algorithm names that NNCF does not list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._others: dict[str, Statistics] = {}
+
+    def register(self, algorithm_name: str, stats: Statistics) -> None:
+        try:
+            super().register(algorithm_name, stats)
+        except ValueError:
+            self._others[algorithm_name] = stats
+
+    def __iter__(self) -> Iterator[tuple[str, Statistics]]:
+        return iter([*super().__iter__(), *self._others.items()])
+
+    def __getattr__(self, name: str) -> Statistics:
+        others = self.__dict__.get("_others", {})
+        if name in others:
+            return others[name]
+        raise AttributeError(name)
+
+
+class TextStatistics(Statistics):
+    """Statistics that are a finished text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def to_str(self) -> str:
+        return self.text
+
+
+class TreeStatistics(Statistics):
+    """Parameters of a SigmaB net, counted, as a table. All values are parameters unless they say bytes."""
+
+    def __init__(self, net: Any, dense_parameters: int) -> None:
+        counts = net.parameter_counts()
+        self.dense = dense_parameters
+        self.stored = counts.total
+        self.active = counts.active
+        self.backbone = counts.backbone
+        self.routers = counts.routers
+        self.per_path = dict(counts.per_path)
+
+    def to_str(self) -> str:
+        def row(name: str, count: int) -> list[Any]:
+            return [name, count, f"{100 * count / self.dense:.1f} %" if self.dense else "-"]
+
+        rows = [
+            row("dense network", self.dense),
+            row("stored (all branches)", self.stored),
+            row("active (largest path)", self.active),
+            row("backbone", self.backbone),
+            row("routers and projections", self.routers),
+            *(row(f"path {path}", count) for path, count in self.per_path.items()),
+        ]
+        return "Statistics of the SigmaB restructuring:\n" + create_table(
+            header=["Part", "Parameters", "Of dense"], rows=rows
+        )
+
+
+class ParameterStatistics(Statistics):
+    """Parameters before and after a technique, as a table."""
+
+    def __init__(self, name: str, before: int, after: int) -> None:
+        self.name, self.before, self.after = name, before, after
+
+    def to_str(self) -> str:
+        rows = [["before", self.before], ["after", self.after]]
+        return f"Statistics of {self.name}:\n" + create_table(header=["Network", "Parameters"], rows=rows)
+
+
+class TreeLoss(PTCompressionLoss):
+    """Eq. 8 without the task term: what must be added to the cross-entropy of the net's output.
+
+    In soft routing the output is o = sum_k p_k y_k, and the user computes CE(o, y). Eq. 5 asks for
+    sum_k p_k CE(y_k, y). Their difference does not depend on y::
+
+        sum_k p_k CE(y_k, y) - CE(o, y) = sum_k p_k lse(y_k) - lse(o)  >= 0     (lse = log-sum-exp over classes)
+
+    and label smoothing leaves it as it is. The responsibility term (eq. 7) needs y: it is taken from the first
+    cross-entropy that is computed on the output, or given as ``ctrl.loss(targets)``.
+    """
+
+    def __init__(self, network: NNCFNetwork, config: SigmaBConfig) -> None:
+        super().__init__()
+        self._network = (network,)  # a tuple: the network must not become a submodule of its own loss
+        self._weight = config.responsibility_weight
+        self._temperature = config.responsibility_temperature
+
+    def forward(self, targets: Tensor | None = None) -> Tensor:
+        return self.calculate(targets)
+
+    def calculate(self, targets: Tensor | None = None) -> Tensor:
+        """Scalar; 0 where no training forward has run since the last call.
+
+        Raises:
+            TrainingError: the task loss has not been computed yet, so that the targets are not known.
+        """
+        step = self._network[0].__dict__.pop("last_step", None)
+        if step is None:
+            return torch.zeros([], device=next(self._network[0].parameters()).device)
+        leaf_logits, log_p = step.leaf_logits.float(), step.log_p.float()
+        weights = log_p.exp()
+        mixed = (weights.unsqueeze(2) * leaf_logits).sum(dim=1)
+        gap = (weights * leaf_logits.logsumexp(dim=2)).sum(dim=1) - mixed.logsumexp(dim=1)
+        loss = gap.mean()
+        if not self._weight:
+            return loss
+        targets = step.targets if targets is None else targets
+        if targets is None:
+            raise TrainingError(
+                "the responsibility term needs the targets. Compute the task loss on the model's output first "
+                "(torch.nn.functional.cross_entropy or CrossEntropyLoss), or call ctrl.loss(targets)."
+            )
+        responsibility = responsibilities(leaf_logits, targets, temperature=self._temperature)
+        return loss + self._weight * responsibility_loss(responsibility, log_p)
+
+
+class TechniqueController(PTCompressionAlgorithmController):
+    """Controller of a technique without a loss of its own."""
+
+    def __init__(self, target_model: NNCFNetwork, config: TechniqueConfig, dense_parameters: int) -> None:
+        super().__init__(target_model)
+        self.config = config
+        self.dense_parameters = dense_parameters
+        self._loss: PTCompressionLoss = ZeroCompressionLoss(next(target_model.parameters()).device)
+        self._scheduler = BaseCompressionScheduler()
+
+    @property
+    def loss(self) -> PTCompressionLoss:
+        return self._loss
+
+    @property
+    def scheduler(self) -> Any:
+        return self._scheduler
+
+    def compression_stage(self) -> CompressionStage:
+        return CompressionStage.FULLY_COMPRESSED
+
+    def statistics(self, quickly_collected_only: bool = False) -> NNCFStatistics:
+        result = TechniqueStatistics()
+        result.register(self.config.algorithm, self._table())
+        return result
+
+    def _table(self) -> Statistics:
+        after = sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith("_nncf."))
+        return ParameterStatistics(self.config.algorithm, self.dense_parameters, after)
+
+
+class TreeController(TechniqueController):
+    """Controller of ``sigmab``."""
+
+    def __init__(self, target_model: NNCFNetwork, config: SigmaBConfig, dense_parameters: int) -> None:
+        super().__init__(target_model, config, dense_parameters)
+        self._loss = TreeLoss(target_model, config)
+
+    def _table(self) -> Statistics:
+        return TreeStatistics(self.model, self.dense_parameters)
+
+    @property
+    def compression_rate(self) -> float:
+        """Share of the dense network's parameters that one input does not touch."""
+        return 1.0 - self.model.parameter_counts().active / self.dense_parameters if self.dense_parameters else 0.0
+
+    def export_model(self, *args: Any, **kwargs: Any) -> None:
+        """As NNCF's; the file answers as hard routing does, with every leaf in one static graph."""
+        with selected_forward(self.model):
+            super().export_model(*args, **kwargs)
+
+
+class FinishedController(PTCompressionAlgorithmController):
+    """An algorithm that was carried out before the restructuring: nothing to schedule, its table to print."""
+
+    def __init__(self, target_model: NNCFNetwork, text: str) -> None:
+        super().__init__(target_model)
+        self._text = text
+        self._loss = ZeroCompressionLoss(next(target_model.parameters()).device)
+        self._scheduler = BaseCompressionScheduler()
+
+    @property
+    def loss(self) -> PTCompressionLoss:
+        return self._loss
+
+    @property
+    def scheduler(self) -> Any:
+        return self._scheduler
+
+    def compression_stage(self) -> CompressionStage:
+        return CompressionStage.FULLY_COMPRESSED
+
+    def statistics(self, quickly_collected_only: bool = False) -> NNCFStatistics:
+        result = TechniqueStatistics()
+        result.register(self.name, TextStatistics(f"{self.name}, before the restructuring:\n{self._text}"))
+        return result
+
+
+class OrderedCompositeController(PTCompositeCompressionAlgorithmController):
+    """NNCF's composite, with statistics open to our names, targets passed on, and an export that shows every leaf."""
+
+    def statistics(self, quickly_collected_only: bool = False) -> NNCFStatistics:
+        result = TechniqueStatistics()
+        for controller in self.child_ctrls:
+            for name, stats in controller.statistics(quickly_collected_only):
+                result.register(name, stats)
+        return result
+
+    def export_model(self, *args: Any, **kwargs: Any) -> None:
+        with selected_forward(self.model):
+            super().export_model(*args, **kwargs)
+
+
+@contextmanager
+def selected_forward(network: Any) -> Iterator[None]:
+    """Inside, ``network`` computes every leaf and picks the routed one: what an exporter can trace."""
+    forward = getattr(network, "forward_selected", None)
+    if forward is None:
+        yield
+        return
+    with network.nncf.temporary_bound_original_forward(forward):
+        yield
+
