@@ -155,7 +155,7 @@ def _watch(spec: Any) -> None:
     if type(spec) is ModuleSpec:
         spec.__class__ = _WatchedSpec
         if not vars(spec)["_initializing"]:  # another thread finished the import just now
-            spec._initializing = False
+            spec._initializing = False  # type: ignore[attr-defined]
 
 
 def _run_callbacks(module: ModuleType) -> None:
