@@ -1,37 +1,29 @@
-"""What the ranks of the distributed tests run; this file is also their program."""
+"""Program of one rank of the distributed tests: ``distributed_workers.py WORKER FOLDER PROCESSES RANK``."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from nets import QUICK, dense, samples, tree
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
-from sigmab_plugin.tuning import distributed
+from sigmab_plugin.tuning import distributed, finetune, reestimate_batchnorm
 
-
-def launch(worker: str, folder: Path, *, processes: int = 2, **options: Any) -> None:
-    """Run the function named ``worker`` on gloo ranks, as ``worker(rank, folder, **options)``."""
-    command = [sys.executable, __file__, worker, str(folder), str(processes), json.dumps(options)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(processes)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise AssertionError("\n".join(outputs))
+NETS = {"tree": tree, "dense": dense}
 
 
-def main(worker: str, folder: str, processes: str, options: str, rank: str) -> None:
+def main(worker: str, folder: str, processes: str, rank: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "rendezvous"), int(processes))
     dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(processes))
     try:
-        globals()[worker](int(rank), Path(folder), **json.loads(options))
+        {"quick": quick, "training": training}[worker](int(rank), Path(folder))
     finally:
         dist.destroy_process_group()
 
@@ -53,6 +45,70 @@ def collectives(rank: int, folder: Path) -> None:
     results["untouched"] = float(untouched)
     distributed.barrier()
     torch.save(results, folder / f"{rank}.pt")
+
+
+def sharded(batch: int) -> DataLoader[tuple[torch.Tensor, ...]]:
+    """The part of this rank, every second sample of the same order."""
+    data = TensorDataset(*samples())
+    return DataLoader(data, batch_size=batch, sampler=DistributedSampler(data, shuffle=False))
+
+
+def train(rank: int, folder: Path, kind: str, norm: bool) -> None:
+    net = NETS[kind](norm=norm, seed=rank)  # type: ignore[operator]
+    history = finetune(
+        net,
+        sharded(8),
+        epochs=2,
+        recipe=QUICK,
+        val_loader=sharded(8),
+        checkpoint_dir=folder / "run",
+        progress=False,
+    )
+    save_file(net.state_dict(), folder / f"{rank}.safetensors")
+    (folder / f"{rank}.json").write_text(json.dumps(history.to_dict()))
+
+
+def resume(rank: int, folder: Path) -> None:
+    options = {"epochs": 3, "recipe": QUICK, "checkpoint_dir": folder / "run", "progress": False}
+    stopped = finetune(tree(norm=False), sharded(8), max_seconds=0.0, **options)  # type: ignore[arg-type]
+    net = tree(norm=False, seed=7)
+    finetune(net, sharded(8), **options)  # type: ignore[arg-type]
+    whole = tree(norm=False)
+    finetune(whole, sharded(8), epochs=3, recipe=QUICK, progress=False)
+    same = all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
+    (folder / f"{rank}.json").write_text(json.dumps({"same": same, "stopped": len(stopped.records)}))
+
+
+def diverge(rank: int, folder: Path) -> None:
+    images, targets = samples(16, seed=rank)
+    if rank == 1:
+        images[0] = float("nan")
+    try:
+        finetune(tree(norm=False), [(images, targets)], epochs=1, recipe=QUICK, progress=False)
+    except ValueError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+
+
+def batchnorm(rank: int, folder: Path) -> None:
+    net = dense()[:1]
+    reestimate_batchnorm(net, sharded(8))
+    save_file(net.state_dict(), folder / f"{rank}.safetensors")
+
+
+def quick(rank: int, folder: Path) -> None:
+    for worker in (collectives, diverge, batchnorm):
+        (folder / worker.__name__).mkdir(exist_ok=True)
+        worker(rank, folder / worker.__name__)
+
+
+def training(rank: int, folder: Path) -> None:
+    for kind in NETS:
+        (folder / kind).mkdir(exist_ok=True)
+        train(rank, folder / kind, kind=kind, norm=False)
+    (folder / "resume").mkdir(exist_ok=True)
+    resume(rank, folder / "resume")
 
 
 if __name__ == "__main__":

@@ -154,8 +154,9 @@ def test_extreme_logits_and_impossible_paths_stay_finite(scale: float) -> None:
     loss = soft_routing_loss(logits, log_p, torch.tensor([0, 1, 2, 3]), responsibility_temperature=1e-3)
     loss.backward()
     assert torch.isfinite(loss)
-    assert logits.grad is not None and torch.isfinite(logits.grad).all()
-    assert log_p.grad is not None and torch.isfinite(log_p.grad).all()
+    for tensor in (logits, log_p):
+        assert tensor.grad is not None
+        assert torch.isfinite(tensor.grad).all()
 
 
 def test_half_precision_and_autocast_are_computed_in_float32() -> None:

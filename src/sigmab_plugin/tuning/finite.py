@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
-from .distributed import all_reduce_sum, is_distributed
+from .distributed import all_gather_rows, is_distributed
 
 #: Steps between looks at the loss where a look costs a synchronisation.
 _INTERVAL = 25
+_NEVER = 2**62
 
 
 class FiniteLoss:
@@ -49,8 +50,11 @@ class FiniteLoss:
 
     def finish(self) -> None:
         """Look at what was not looked at yet; all ranks together."""
-        if self._lazy and int(all_reduce_sum((~self._good).long())):
-            self._fail(int(self._bad), inputs_finite=True)
+        if not self._lazy:
+            return
+        bad = all_gather_rows(torch.where(self._good, _NEVER, self._bad).view(1))
+        if int(bad.min()) < _NEVER:
+            self._fail(int(bad.min()), inputs_finite=True)
 
     def _fail(self, step: int, *, inputs_finite: bool) -> None:
         if not inputs_finite:

@@ -85,25 +85,29 @@ def finetune(
         TrainingError: empty or one-shot loader, targets that do not fit, a loss that is not finite.
         FormatError: the checkpoint is damaged or belongs to another network or run.
     """
-    settings = _settings(net, as_recipe(recipe), epochs, teacher)
-    run = _Run(
-        net,
-        train_loader,
-        recipe=settings[0],
-        epochs=settings[1],
-        val_loader=val_loader,
-        teacher=teacher,
-        device=torch.device(device) if device is not None else module_device(net),
-        folder=None if checkpoint_dir is None else Path(checkpoint_dir),
-        log=Path(log)
-        if log is not None
-        else None
-        if checkpoint_dir is None
-        else Path(checkpoint_dir) / "log",
-        seed=seed,
-    )
+    used, total = _settings(net, as_recipe(recipe), epochs, teacher)
     with preserve_random_state(), _left_as_found(net, teacher), _synchronised(net, sync_batchnorm):
+        run = _Run(
+            net,
+            train_loader,
+            recipe=used,
+            epochs=total,
+            val_loader=val_loader,
+            teacher=teacher,
+            device=torch.device(device) if device is not None else module_device(net),
+            folder=None if checkpoint_dir is None else Path(checkpoint_dir),
+            log=_log_stem(log, checkpoint_dir),
+            seed=seed,
+        )
         return run.train(resume=resume, progress=progress and is_main(), max_seconds=max_seconds)
+
+
+def _log_stem(
+    log: str | os.PathLike[str] | None, checkpoint_dir: str | os.PathLike[str] | None
+) -> Path | None:
+    if log is not None:
+        return Path(log)
+    return None if checkpoint_dir is None else Path(checkpoint_dir) / "log"
 
 
 def _settings(

@@ -33,9 +33,7 @@ class TrainRecipe(TechniqueConfig):
         0.7, "factor of one decay, for schedule step", exclusiveMinimum=0.0, maximum=1.0
     )
     label_smoothing: float = option(0.1, "of the classification loss", minimum=0.0, exclusiveMaximum=1.0)
-    grad_clip: float | None = option(
-        None, "largest gradient norm; null: no clipping", exclusiveMinimum=0.0
-    )
+    grad_clip: float | None = option(None, "largest gradient norm; null: no clipping", exclusiveMinimum=0.0)
     amp: bool = option(False, "bf16 autocast in forward passes")
     distillation_weight: float = option(0.0, "weight of the teacher term; needs a teacher", minimum=0.0)
     distillation_temperature: float = option(2.0, "softening of the teacher term", exclusiveMinimum=0.0)
