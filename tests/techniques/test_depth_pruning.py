@@ -279,6 +279,14 @@ def test_head_widths_and_classes_are_options() -> None:
     assert net.head.fc.in_features == 24
 
 
+def test_without_stages_the_head_is_pooling_and_a_classifier() -> None:
+    model, inputs = dense("ds_cnn")
+    net = depth_prune(model, inputs, cut="block1", head_widths=())
+    assert parameter_count(net.head) == 12 * 64 + 12
+    feature = net.kept()(inputs)
+    assert torch.allclose(net(inputs), net.head.fc(feature.mean((2, 3))), atol=1e-6)
+
+
 def test_dtype_and_two_inputs() -> None:
     class TwoInputs(nn.Module):
         def __init__(self) -> None:
@@ -325,9 +333,7 @@ def test_a_network_of_vectors_has_no_place_for_the_head() -> None:
         enumerate_cuts(model, torch.randn(2, 4))
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"in_channels": 0}, {"num_classes": 0}, {"widths": ()}, {"widths": (4, 0)}]
-)
+@pytest.mark.parametrize("sizes", [{"in_channels": 0}, {"num_classes": 0}, {"widths": (4, 0)}])
 def test_head_sizes_must_be_positive(sizes: dict[str, object]) -> None:
     with pytest.raises(ModelError, match="positive"):
         AuxiliaryHead(**{"in_channels": 4, "num_classes": 2, **sizes})  # type: ignore[arg-type]

@@ -264,7 +264,7 @@ def test_section_round_trip_and_bad_values() -> None:
     assert DepthPruningConfig.from_dict(json.loads(json.dumps(section))) == QUICK.replace(cut="block1")
     for bad, message in (
         ({"epochs": [1]}, "one of each per stage"),
-        ({"head_widths": []}, "head_widths"),
+        ({"head_widths": [0]}, "head_widths"),
         ({"epochs": [1, 1, -1]}, "negative"),
         ({"freeze": False, "cache_features": True}, "stale"),
         ({"granularity": "channel"}, "granularity"),

@@ -14,6 +14,10 @@ _EXPORTS = {
     "imagenet_resnet50": "resnet",
     "PointNet2": "pointnet2",
     "convert_ssg_state_dict": "pointnet2",
+    "DSCNN": "ds_cnn",
+    "load_mlperf_ds_cnn": "ds_cnn",
+    "MobileNetV1": "mobilenet_v1",
+    "load_mlperf_mobilenet_v1": "mobilenet_v1",
 }
 
 __all__ = sorted(_EXPORTS)

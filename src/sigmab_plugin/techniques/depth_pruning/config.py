@@ -38,7 +38,7 @@ class DepthPruningConfig(TechniqueConfig):
     seed: int = option(0, "seed of the head's weights and of the order of cached features", minimum=0)
 
     def validate(self) -> None:
-        if not self.head_widths or min(self.head_widths) < 1:
+        if any(width < 1 for width in self.head_widths):
             raise ConfigError(f"depth_pruning: head_widths must be positive; got {list(self.head_widths)}")
         if len(self.epochs) != len(self.learning_rates):
             raise ConfigError(

@@ -26,12 +26,13 @@ class AuxiliaryHead(nn.Module):
     Args:
         in_channels: channels of the feature map.
         num_classes: outputs.
-        widths: output channels of the stages, in order.
+        widths: output channels of the stages, in order; none: pooling and the classifier alone, which
+            is depth pruning without an auxiliary network.
     """
 
     def __init__(self, in_channels: int, num_classes: int, *, widths: Sequence[int] = (32, 16)) -> None:
         super().__init__()
-        if min(in_channels, num_classes, *widths) < 1 or not widths:
+        if min(in_channels, num_classes, *widths) < 1:
             raise ModelError(
                 f"AuxiliaryHead needs positive sizes; got {in_channels} channels, {num_classes} classes, "
                 f"widths {list(widths)}"
