@@ -136,6 +136,10 @@ class SigmaBNet(nn.Module):
             return self._conditional("", frontier)
         return self._one_path(frontier)
 
+    def forward_routed(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, classes) and leaf index (B,) of hard routing, whatever ``routing`` says, in one pass."""
+        return self._routed(self._backbone(inputs, named))
+
     def forward_leaves(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of every leaf (B, K, classes) and log-probabilities (B, K), float32."""
         return self._all_leaves(self._backbone(inputs, named))
@@ -206,15 +210,22 @@ class SigmaBNet(nn.Module):
         return torch.stack(logits, dim=1), torch.stack(log_p, dim=1)
 
     def _one_path(self, frontier: Any) -> torch.Tensor:
+        return self._routed(frontier)[0]
+
+    def _routed(self, frontier: Any) -> tuple[torch.Tensor, torch.Tensor]:
         outputs: list[torch.Tensor] = []
         order: list[torch.Tensor] = []
+        index: list[torch.Tensor] = []
         for path, value, rows in self._descend("", frontier, None, stop=self.plan.depth + 1):
             output = call(self.heads[module_key(path)], value)
+            leaf = output.new_full((len(output),), self.leaves.index(path), dtype=torch.long)
             if rows is None:
-                return output  # the whole batch took one path
+                return output, leaf  # the whole batch took one path
             outputs.append(output)
             order.append(rows)
-        return torch.cat(outputs)[torch.argsort(torch.cat(order))]
+            index.append(leaf)
+        back = torch.argsort(torch.cat(order))
+        return torch.cat(outputs)[back], torch.cat(index)[back]
 
     def _descend(
         self, path: str, frontier: Any, rows: torch.Tensor | None, *, stop: int

@@ -99,9 +99,10 @@ def evaluate(
 
 def _routed_logits(net: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
     """Logits (B, C) and leaf index (B,); leaf 0 for a plain module."""
-    logits = net(*as_arguments(inputs))
     if is_tree(net):
-        return logits, net.route(*as_arguments(inputs))  # type: ignore[operator]
+        routed: tuple[Tensor, Tensor] = net.forward_routed(*as_arguments(inputs))  # type: ignore[operator]
+        return routed
+    logits = net(*as_arguments(inputs))
     return logits, torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
 
 
