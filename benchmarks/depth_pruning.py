@@ -161,6 +161,7 @@ def main() -> None:
     dense = four_words(model, data.columns)
     sweeps = {}
     for name, options in VARIANTS.items():
+        finished: list[str] = []
         config = DepthPruningConfig(**{**options, "seed": arguments.seed})
         directory = (
             arguments.work / f"{name.replace(' ', '_').replace(',', '')}-{arguments.seed}-{arguments.limit}"
