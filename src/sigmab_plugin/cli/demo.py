@@ -17,19 +17,31 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo",
         help="train, restructure and fine-tune a small network on scikit-learn's digits",
-        description="Trains a small bottleneck ResNet on scikit-learn's digits (1,797 real images, offline), restructures "
-        "it with SigmaBPruner, fine-tunes the tree and its static twin with the dense network as teacher, evaluates all "
-        "three on held-out digits, saves the tree and writes an HTML report.",
+        description="Trains a small bottleneck ResNet on scikit-learn's digits (1,797 real images, offline), "
+        "restructures it with SigmaBPruner, fine-tunes the tree and its static twin with the dense network as teacher, "
+        "evaluates all three on held-out digits, saves the tree and writes an HTML report.",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="where to write (default runs/demo)"
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="where to write (default runs/demo)",
     )
-    parser.add_argument("--dense-epochs", type=int, default=30, metavar="N", help="epochs of the dense network")
-    parser.add_argument("--epochs", type=int, default=30, metavar="N", help="epochs of fine-tuning, tree and twin alike")
     parser.add_argument(
-        "--quick", action="store_true", help="two epochs of each and a narrower network: shows that it works, no more"
+        "--dense-epochs", type=int, default=30, metavar="N", help="epochs of the dense network"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=30, metavar="N", help="epochs of fine-tuning, tree and twin alike"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two epochs of each and a narrower network: shows that it works, no more",
     )
     add_run_options(parser)
+    # Layers this small gain nothing from threads, and lose much where other work shares the processors.
+    parser.set_defaults(threads=1)
     return parser
 
 
@@ -51,7 +63,10 @@ def run(args: argparse.Namespace) -> None:
     train, validation, test = (data.digits(split) for split in ("train", "val", "test"))
     batches = data.make_loader(train, batch_size=64, shuffle=True, seed=args.seed)
     calibration = data.make_loader(train, batch_size=256)
-    held_out = {"val": data.make_loader(validation, batch_size=256), "test": data.make_loader(test, batch_size=256)}
+    held_out = {
+        "val": data.make_loader(validation, batch_size=256),
+        "test": data.make_loader(test, batch_size=256),
+    }
     recipe = TrainRecipe(lr=0.05, batch_size=64, warmup_epochs=1.0, label_smoothing=0.0)
     common: dict[str, Any] = {
         "val_loader": held_out["val"],
@@ -76,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
     tuning = recipe.replace(distillation_weight=1.0)
     for name, role, network in (("SigmaB", "sigmab", net), ("static twin", "twin", twin)):
         say(args, f"{name}: {epochs} epochs, the dense network as teacher")
-        history = finetune(network, batches, epochs=epochs, recipe=tuning, teacher=copy.deepcopy(dense), **common)
+        history = finetune(
+            network, batches, epochs=epochs, recipe=tuning, teacher=copy.deepcopy(dense), **common
+        )
         networks.append(Measured(name, role, network, evaluate(network, held_out["test"]), history))
     save(net, args.out / "net")
 
@@ -97,12 +114,14 @@ def run(args: argparse.Namespace) -> None:
             command_line(args),
             seed=args.seed,
             wall_time=f"{time.perf_counter() - started:.0f} s, training included",
-            recipe=", ".join(f"{key} {value}" for key, value in tuning.to_dict().items() if key != "algorithm"),
+            recipe=", ".join(
+                f"{key} {value}" for key, value in tuning.to_dict().items() if key != "algorithm"
+            ),
         ),
         notes=(
             f"One run with one seed on {len(test)} test images: one image is {100 / len(test):.2f} pp, so differences "
             "under about a percentage point say nothing.",
-            "A demonstration at toy size: on a network this small routers and projections weigh more than on a real one.",
+            "A demonstration at toy size: here routers and projections weigh more than in a real network.",
         ),
     )
     page, record = write_report(args.out / "report.html", report)

@@ -84,12 +84,14 @@ def collect(
     )
 
 
-def show(args: argparse.Namespace, data: ReportData, **files: Path | None) -> None:
+def show(args: argparse.Namespace, data: ReportData, /, **files: Path | None) -> None:
     """Print the table (or JSON) of ``data`` and where files were written."""
     from ..report import counts_table, leaf_shares, rows_to_json
 
     written = {name: str(path) for name, path in files.items() if path is not None}
-    shares = None if data.leaves is None else dict(zip(data.leaves.leaves, leaf_shares(data.leaves), strict=True))
+    shares = (
+        None if data.leaves is None else dict(zip(data.leaves.leaves, leaf_shares(data.leaves), strict=True))
+    )
     if args.json:
         record = {"networks": rows_to_json(data.rows), "leaf_shares": shares, "files": written}
         print(json.dumps(record, indent=1))
@@ -105,6 +107,22 @@ def show(args: argparse.Namespace, data: ReportData, **files: Path | None) -> No
     width = max(map(len, written), default=0)
     for name, path in written.items():
         print(f"{name.ljust(width)}  {path}")
+
+
+def read_history(path: Path | None) -> History | None:
+    """A training log in JSON; None where there is none."""
+    from ..errors import FormatError
+    from ..tuning import EpochRecord, History
+    from .options import read_json
+
+    if path is None or not path.is_file():
+        return None
+    content = read_json(path)
+    try:
+        records = tuple(EpochRecord.from_dict(record) for record in content["records"])
+        return History(records, tuple(content["leaves"]), content["best_epoch"], content["complete"])
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{path} is no training log of this release: {error}") from error
 
 
 def say(args: argparse.Namespace, text: str) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
+from ..tuning.checkpoint import write_atomically
 from . import format as fmt
 from .data import ReportData, Row, Section
 from .markup import empty, scroll_box, tag
@@ -39,8 +39,9 @@ def write_report(path: str | os.PathLike[str], data: ReportData) -> tuple[Path, 
     page = Path(path)
     page.parent.mkdir(parents=True, exist_ok=True)
     record = page.with_suffix(".json")
-    _replace(record, json.dumps(data.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _replace(page, render(data))
+    text = json.dumps(data.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(record, (text + "\n").encode())
+    write_atomically(page, render(data).encode())
     return page, record
 
 
@@ -179,17 +180,3 @@ def _anchors(titles: Sequence[str]) -> list[str]:
             anchor, number = f"{stem}-{number}", number + 1
         anchors.append(anchor)
     return anchors
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -1,0 +1,150 @@
+"""``sigmab compress``: restructure a pretrained network into a SigmaB tree."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .options import (
+    add_data_options,
+    add_model_options,
+    add_run_options,
+    load_model,
+    open_data,
+    pick_device,
+    read_sections,
+)
+
+if TYPE_CHECKING:
+    from ..config import SigmaBConfig
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "compress",
+        help="restructure a pretrained network into a tree",
+        description="Restructures a dense model into a SigmaB tree and saves it. The data is read once per level, "
+        "for clustering and channel statistics; labels are not used.",
+        epilog="example: sigmab compress --model cifar_resnet50 --weights dense.safetensors --data cifar100.zip "
+        "--preset resnet50 --out runs/tree",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the network is saved")
+    add_model_options(parser, required=True)
+    add_data_options(parser, required=True, split="train")
+    group = parser.add_argument_group("tree")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help='JSON: NNCF-style with "compression", or one section with "algorithm": "sigmab"',
+    )
+    group.add_argument("--preset", choices=("resnet50", "pointnet2"), help="a published tree")
+    group.add_argument(
+        "--levels", nargs="+", metavar="MODULE", help="modules at which the tree branches, in order"
+    )
+    group.add_argument("--head", metavar="MODULE", help="module at which the classifier starts")
+    group.add_argument(
+        "--active-ratio", type=float, metavar="R", help="solve the widths for this share of parameters"
+    )
+    group.add_argument(
+        "--projection-dim", type=int, metavar="D", help="size of the routers' latents (default 128)"
+    )
+    group.add_argument("--samples", type=int, metavar="N", help="read at most N samples (default: all)")
+    group.add_argument(
+        "--twin", action="store_true", help="also build the static twin, the control beside the tree"
+    )
+    add_run_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..hosts.torch_pruning import SigmaBPruner
+    from ..tree import save, static_twin
+    from .folder import record_of, save_twin
+    from .measure import Measured, collect, command_line, example_of, say, show
+
+    config = read_config(args)
+    device = pick_device(args)
+    model = load_model(args).to(device)
+    data = open_data(args)
+    example = example_of(data, device)
+    batches = Calibration(data, args, device)
+    say(args, f"restructuring at {', '.join(config.levels)} over {batches.samples:,} samples")
+    net = SigmaBPruner(model, example, calibration_data=batches, config=config).step()
+    networks = [Measured("dense", "dense", model), Measured("SigmaB", "sigmab", net)]
+    save(net, args.out)
+    record_of(args).write(args.out)
+    twin_file = None
+    if args.twin:
+        twin = static_twin(model, example, config=config, calibration_data=batches)
+        networks.append(Measured("static twin", "twin", twin))
+        twin_file = save_twin(args.out, twin)
+    report = collect(
+        networks,
+        example=example,
+        classes=data.classes,
+        title=args.model,
+        facts={},
+        origin={"command": " ".join(command_line(args))},
+    )
+    show(args, report, network=args.out, twin=twin_file)
+
+
+def read_config(args: argparse.Namespace) -> SigmaBConfig:
+    """The tree's configuration: ``--config`` or ``--preset``, then the options that change single fields.
+
+    Raises:
+        ConfigError: no tree is described, or the file asks for another algorithm.
+    """
+    from ..config import SigmaBConfig
+
+    if args.config and args.preset:
+        raise ConfigError("give --config or --preset, not both")
+    config = SigmaBConfig()
+    if args.preset:
+        config = SigmaBConfig.preset(args.preset)
+    if args.config:
+        sections, _ = read_sections(args.config)
+        others = [
+            section["algorithm"] for section in sections if section["algorithm"] != SigmaBConfig.algorithm
+        ]
+        if others:
+            raise ConfigError(
+                f'{args.config}: this command restructures with "sigmab"; {", ".join(others)} in the same file needs '
+                "the Python API or NNCF"
+            )
+        if len(sections) > 1:
+            raise ConfigError(f"{args.config}: one sigmab section is enough, there are {len(sections)}")
+        config = SigmaBConfig.from_dict(sections[0])
+    given = {
+        "levels": tuple(args.levels) if args.levels else None,
+        "head": args.head,
+        "active_ratio": args.active_ratio,
+        "projection_dim": args.projection_dim,
+        "seed": args.seed or None,
+    }
+    config = config.replace(**{key: value for key, value in given.items() if value is not None})
+    if not config.levels or not config.head:
+        raise ConfigError(
+            'which tree? give --levels and --head, --preset, or --config with "levels" and "head"'
+        )
+    return config
+
+
+class Calibration:
+    """Inputs of the data set in batches on the device, the first ``--samples`` of a seeded order."""
+
+    def __init__(self, data: Any, args: argparse.Namespace, device: Any) -> None:
+        import numpy as np
+
+        self.data, self.device, self.batch_size = data, device, args.batch_size
+        order = np.random.default_rng(args.seed).permutation(len(data))
+        self.order = order if args.samples is None else order[: max(args.samples, 0)]
+        self.samples = len(self.order)
+
+    def __iter__(self) -> Any:
+        from ..tuning.batches import to_device
+
+        for start in range(0, self.samples, self.batch_size):
+            yield to_device(self.data.batch(self.order[start : start + self.batch_size])[0], self.device)

@@ -1,0 +1,73 @@
+"""``sigmab evaluate``: accuracy, sizes and leaf shares of a saved network, beside the dense one and the twin."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .options import add_data_options, add_model_options, add_run_options, open_data, pick_device
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "evaluate",
+        help="accuracy, sizes and leaf shares of a saved network",
+        description="Evaluates a saved tree with hard routing on held-out data, beside the dense model (where its "
+        "weights are known) and the static twin (where the folder has one).",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what compress or finetune wrote")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="write the HTML report, and its data as JSON"
+    )
+    add_data_options(parser, required=True, split="test")
+    add_model_options(parser, required=False)
+    add_run_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..data import make_loader
+    from ..report import write_report
+    from ..report.provenance import provenance
+    from ..tuning import evaluate
+    from .folder import LOG, TWIN_LOG, open_dense, open_net, open_twin, read_record
+    from .measure import Measured, collect, command_line, example_of, read_history, say, show
+
+    record = read_record(args.folder, args)
+    device = pick_device(args)
+    net = open_net(args.folder, record, device)
+    data = open_data(args)
+    example = example_of(data, device)
+    loader = make_loader(data, batch_size=args.batch_size)
+    networks = []
+    for name, role, module, log in (
+        ("dense", "dense", open_dense(record, device), None),
+        ("SigmaB", "sigmab", net, args.folder / LOG),
+        ("static twin", "twin", open_twin(args.folder, record, net, example, device), args.folder / TWIN_LOG),
+    ):
+        if module is None:
+            continue
+        say(args, f"{name}: {len(data):,} samples")
+        networks.append(Measured(name, role, module, evaluate(module, loader), read_history(log)))
+    report = collect(
+        networks,
+        example=example,
+        classes=data.classes,
+        title=f"{record.model.rpartition(':')[2]} on {Path(args.data).name}",
+        facts={
+            "Model": record.model,
+            "Data": f"{Path(args.data).name}, {args.split}: {len(data):,} samples",
+            "Device": str(device),
+        },
+        origin=provenance(
+            command_line(args),
+            restructured_by=" ".join(["sigmab", *record.command]) if record.command else None,
+            dense_weights=record.weights,
+        ),
+        notes=["The dense network's weights are not known, so it has no row."]
+        if record.weights is None
+        else (),
+    )
+    page, numbers = write_report(args.report, report) if args.report else (None, None)
+    show(args, report, report=page, data=numbers)

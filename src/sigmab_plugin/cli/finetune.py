@@ -1,0 +1,157 @@
+"""``sigmab finetune``: train a saved tree, and with the same steps its static twin."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .options import add_data_options, add_model_options, add_run_options, open_data, pick_device, read_json
+
+if TYPE_CHECKING:
+    from ..data import Dataset
+    from ..tuning import TrainRecipe
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "finetune",
+        help="fine-tune a saved network",
+        description="Fine-tunes a saved tree with soft routing (eq. 8 of arXiv 2606.09924) and saves it to --out. "
+        "Started again with the same options it resumes after the last whole epoch. A static twin in the folder is "
+        "trained with the same steps.",
+        epilog="example: sigmab finetune runs/tree --data cifar100.zip --recipe cifar100 --distill 1 --out runs/tuned",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what compress wrote")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the trained network is saved"
+    )
+    add_data_options(parser, required=True, split="train")
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--recipe",
+        default="imagenet",
+        metavar="NAME|FILE.json",
+        help="imagenet (default), cifar100, modelnet40, or a JSON file of the recipe's fields",
+    )
+    group.add_argument("--epochs", type=int, metavar="N", help="epochs (default: the recipe's)")
+    group.add_argument("--lr", type=float, metavar="X", help="peak learning rate (default: the recipe's)")
+    group.add_argument(
+        "--distill",
+        type=float,
+        metavar="W",
+        help="weight of the dense network's logits as teacher (needs its weights)",
+    )
+    group.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="share of the training split held back for validation each epoch (default 0.1; 0: none)",
+    )
+    group.add_argument(
+        "--keep", choices=("last", "best"), default="last", help="epoch that is saved (default last)"
+    )
+    group.add_argument("--no-twin", action="store_true", help="leave a static twin untrained and behind")
+    add_model_options(parser, required=False)
+    add_run_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..data import make_loader
+    from ..report.provenance import provenance
+    from ..tree import save
+    from ..tuning import finetune
+    from .folder import open_dense, open_net, open_twin, read_record, save_twin
+    from .measure import Measured, collect, command_line, example_of, say, show, shows_progress
+
+    recipe = read_recipe(args)
+    record = read_record(args.folder, args)
+    device = pick_device(args)
+    net = open_net(args.folder, record, device)
+    dense = open_dense(record, device)
+    if args.distill and dense is None:
+        raise ConfigError("--distill needs the dense network's weights; give --weights")
+    train, validation = split_data(open_data(args), args)
+    example = example_of(train, device)
+    twin = None if args.no_twin else open_twin(args.folder, record, net, example, device)
+    batches = make_loader(train, batch_size=args.batch_size, shuffle=True, seed=args.seed, drop_last=True)
+    held_out = None if validation is None else make_loader(validation, batch_size=args.batch_size)
+    networks = [] if dense is None else [Measured("dense", "dense", dense)]
+    for name, role, module, stem in (
+        ("SigmaB", "sigmab", net, "log"),
+        ("static twin", "twin", twin, "twin-log"),
+    ):
+        if module is None:
+            continue
+        say(args, f"{name}: {args.epochs or recipe.epochs} epochs over {len(train):,} samples")
+        checkpoints = args.out / "checkpoints" / role
+        history = finetune(
+            module,
+            batches,
+            epochs=args.epochs,
+            recipe=recipe,
+            val_loader=held_out,
+            teacher=dense if args.distill else None,
+            device=device,
+            checkpoint_dir=checkpoints,
+            log=args.out / stem,
+            progress=shows_progress(args),
+            seed=args.seed,
+        )
+        keep_epoch(args.keep, module, checkpoints, history.best_epoch)
+        networks.append(Measured(name, role, module.eval(), history=history))
+    save(net, args.out)
+    record.write(args.out)
+    twin_file = None if twin is None else save_twin(args.out, twin)
+    report = collect(
+        networks,
+        example=example,
+        classes=train.classes,
+        title=record.model,
+        facts={},
+        origin=provenance(command_line(args)),
+    )
+    for network in networks:
+        if network.history is not None and network.history.last.val_accuracy is not None:
+            say(
+                args,
+                f"{network.name}: validation accuracy {network.history.last.val_accuracy:.2%} after the last epoch",
+            )
+    show(args, report, network=args.out, twin=twin_file)
+
+
+def read_recipe(args: argparse.Namespace) -> TrainRecipe:
+    """``--recipe`` with what ``--lr`` and ``--distill`` replace."""
+    from ..tuning import TrainRecipe
+
+    if args.recipe.endswith(".json"):
+        content = read_json(args.recipe)
+        if not isinstance(content, dict):
+            raise ConfigError(f'{args.recipe}: a recipe is a JSON object, for example {{"lr": 0.05}}')
+        recipe = TrainRecipe.from_dict(content)
+    else:
+        recipe = TrainRecipe.published(args.recipe)
+    changes = {"lr": args.lr, "distillation_weight": args.distill}
+    return recipe.replace(**{key: value for key, value in changes.items() if value is not None})
+
+
+def split_data(data: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
+    from ..data import split_validation
+
+    if not args.val_fraction:
+        return data, None
+    return split_validation(data, fraction=args.val_fraction, seed=args.seed)
+
+
+def keep_epoch(which: str, module: Any, checkpoints: Path, best: int | None) -> None:
+    """Put the best epoch's weights into ``module`` if that is asked for."""
+    if which == "last":
+        return
+    if best is None:
+        raise ConfigError("--keep best needs validation; give --val-fraction above 0")
+    from ..tuning import load_weights
+
+    load_weights(checkpoints / "best.safetensors", module)

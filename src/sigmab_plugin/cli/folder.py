@@ -1,0 +1,117 @@
+"""A folder that the command line writes and reads again.
+
+``plan.json`` and ``model.safetensors`` are the saved net (:func:`sigmab_plugin.save`); ``sigmab.json`` says which
+dense model it came from, so that later commands need not be told again; ``twin.safetensors`` is the static twin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, FormatError
+from .options import build_model, parse_model_args, read_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..tree import SigmaBNet, StaticTwin
+
+RECORD = "sigmab.json"
+TWIN = "twin.safetensors"
+LOG, TWIN_LOG = "log.json", "twin-log.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where the dense model comes from.
+
+    Attributes:
+        model: ``package.module:callable``.
+        model_args: its keyword arguments.
+        weights: absolute path of the dense weights; None if there were none.
+        command: the command that wrote the folder.
+    """
+
+    model: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    command: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).write_text(json.dumps({"format": "sigmab-run", **asdict(self)}, indent=1) + "\n")
+
+
+def record_of(args: argparse.Namespace) -> Record:
+    """The record of a command that was given ``--model`` and ``--weights``."""
+    weights = None if args.weights is None else str(Path(args.weights).resolve())
+    return Record(args.model, parse_model_args(args.model_args), weights, tuple(args.argv))
+
+
+def read_record(folder: Path, args: argparse.Namespace) -> Record:
+    """The folder's record, with what ``--model``, ``--model-args`` and ``--weights`` replace.
+
+    Raises:
+        ConfigError: the folder does not exist, or nothing says which model it is.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"no such folder: {folder}; give what `sigmab compress --out` wrote")
+    record = Record("")
+    if (folder / RECORD).is_file():
+        content = read_json(folder / RECORD)
+        try:
+            record = Record(
+                content["model"], dict(content["model_args"]), content["weights"], tuple(content["command"])
+            )
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"{folder / RECORD} is incomplete or was altered: {error}") from error
+    if args.model:
+        record = replace(record, model=args.model, model_args={})
+    if args.model_args:
+        record = replace(record, model_args=parse_model_args(args.model_args))
+    if args.weights:
+        record = replace(record, weights=str(Path(args.weights).resolve()))
+    if not record.model:
+        raise ConfigError(f"{folder} has no {RECORD}: say which dense model it was made from with --model")
+    return record
+
+
+def open_net(folder: Path, record: Record, device: Any) -> SigmaBNet:
+    """The saved net, in eval mode on ``device``."""
+    from ..tree import load
+
+    return load(folder, build_model(record.model, record.model_args), device=device)
+
+
+def open_dense(record: Record, device: Any) -> nn.Module | None:
+    """The dense model with its weights, in eval mode; None where no weights are known."""
+    if record.weights is None:
+        return None
+    return build_model(record.model, record.model_args, record.weights).to(device).eval()
+
+
+def open_twin(folder: Path, record: Record, net: SigmaBNet, example: Any, device: Any) -> StaticTwin | None:
+    """The saved static twin in eval mode; None where there is none.
+
+    Its shape follows from the plan's configuration alone; the weights are those of the file.
+    """
+    if not (folder / TWIN).is_file():
+        return None
+    from ..tree import static_twin
+    from ..tuning import load_weights
+
+    dense = build_model(record.model, record.model_args).to(device)
+    twin = static_twin(dense, example, config=net.config, calibration_data=[example])
+    load_weights(folder / TWIN, twin)
+    return twin.to(device).eval()
+
+
+def save_twin(folder: Path, twin: nn.Module) -> Path:
+    from ..tuning.checkpoint import save_weights
+
+    save_weights(folder / TWIN, twin, {})
+    return folder / TWIN
