@@ -55,7 +55,8 @@ def slice_module(
     for name, values in (attributes or {}).items():
         target = result.get_submodule(name)
         for key, value in values.items():
-            setattr(target, key, value)
+            # JSON knows no tuples.
+            setattr(target, key, tuple(value) if isinstance(getattr(target, key), tuple) else value)
     return result
 
 
