@@ -104,12 +104,12 @@ def describe(plan: Plan, sizes: dict[str, tuple[int, int]]) -> list[dict[str, An
                 "specializer",
                 path,
                 f"specializers.{key}",
-                module=plan.config.levels[depth - 1] if plan.config.levels else f"segment {depth}",
+                dense_module=plan.config.levels[depth - 1] if plan.config.levels else f"segment {depth}",
                 width=plan.feature_width(path),
                 calibration_samples=plan.splits[parent].samples[int(branch)],
             )
         if depth == plan.depth:
-            add("head", path, f"heads.{key}", module=plan.config.head or "last segment")
+            add("head", path, f"heads.{key}", dense_module=plan.config.head or "last segment")
             return
         add("router", path, f"routers.{key}", width=plan.config.projection_dim)
         for branch in (0, 1):
@@ -142,7 +142,7 @@ def print_tree(plan: Plan, nodes: list[dict[str, Any]], paths: dict[str, dict[st
         rows.append(
             (
                 "  " * (depth + inner) + name,
-                node.get("module", ""),
+                node.get("dense_module", ""),
                 fmt.integer(node["width"]) if "width" in node else "",
                 fmt.integer(node["parameters"]),
                 fmt.size(node["bytes"]),

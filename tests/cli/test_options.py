@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from sigmab_plugin.cli.options import build_model, load_weights, read_sections
+from sigmab_plugin.errors import ConfigError, FormatError, ModelError
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+@pytest.mark.parametrize("nesting", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints_of_the_usual_forms_load(nesting: str | None, prefix: str, tmp_path: Path) -> None:
+    source = net()
+    state: object = {prefix + name: value for name, value in source.state_dict().items()}
+    torch.save(state if nesting is None else {nesting: state, "epoch": 3}, tmp_path / "w.pth")
+    target = net()
+    load_weights(target, tmp_path / "w.pth")
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, source.state_dict()[name])
+
+
+def test_safetensors_load(tmp_path: Path) -> None:
+    source = net()
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    target = net()
+    load_weights(target, tmp_path / "w.safetensors")
+    assert torch.equal(target[0].weight, source[0].weight)
+
+
+class Payload:
+    """Would create a file if it were unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (os.environ["SIGMAB_TEST_PAYLOAD"],)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIGMAB_TEST_PAYLOAD", str(tmp_path / "owned"))
+    torch.save({"weights": Payload()}, tmp_path / "w.pth")
+    with pytest.raises(FormatError, match="cannot be read as plain weights"):
+        load_weights(net(), tmp_path / "w.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_weights_that_do_not_fit_name_tensors(tmp_path: Path) -> None:
+    state = net().state_dict()
+    state["0.weight"] = torch.zeros(5, 3)
+    state["extra"] = state.pop("0.bias")
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match=r"1 missing: 0\.bias; 1 unexpected: extra; 1 of another shape: 0\.weight"):
+        load_weights(net(), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_files_are_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(b"not weights at all")
+    with pytest.raises(FormatError, match=path.name):
+        load_weights(net(), path)
+
+
+def test_a_users_module_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_net_for_sigmab.py").write_text(
+        "from torch import nn\ndef make(width):\n    return nn.Linear(width, 1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    model = build_model("my_net_for_sigmab:make", {"width": 4})
+    assert model.weight.shape == (1, 4)
+    with pytest.raises(ConfigError, match="has no 'other'"):
+        build_model("my_net_for_sigmab:other", {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"algorithm": "sigmab", "head": "fc"}',
+        '{"compression": {"algorithm": "sigmab", "head": "fc"}}',
+        '{"input_info": {"sample_size": [1, 3, 8, 8]}, "compression": [{"algorithm": "sigmab", "head": "fc"}]}',
+    ],
+)
+def test_one_section_in_three_forms(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    sections, info = read_sections(path)
+    assert sections == [{"algorithm": "sigmab", "head": "fc"}]
+    assert info == ({"sample_size": [1, 3, 8, 8]} if "input_info" in content else None)

@@ -1,0 +1,129 @@
+"""The way of a user: weights on disk, compress, inspect, finetune, evaluate; and the demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sigmab_plugin
+from sigmab_plugin.cli import main
+from sigmab_plugin.models import cifar_resnet18
+
+MODEL_ARGS = {"num_classes": 10, "width": 0.0625, "in_channels": 1}
+MODEL = ["--model", "cifar_resnet18", "--model-args", json.dumps(MODEL_ARGS)]
+TREE = ["--levels", "layer3", "layer4", "--head", "fc", "--projection-dim", "8"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    code = main([*words, "--json", "--threads", "1"] if words[0] != "inspect" else [*words, "--json"])
+    streams = capsys.readouterr()
+    assert code == 0, streams.err
+    result: dict[str, Any] = json.loads(streams.out)
+    return result
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    torch.manual_seed(3)
+    path = tmp_path / "dense.safetensors"
+    save_file(cifar_resnet18(**MODEL_ARGS).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    out = tmp_path / "tree"
+    run(capsys, "compress", *MODEL, *TREE, "--weights", str(dense), "--data", "digits", "--out", str(out), "--twin")
+    return out
+
+
+def test_compress_writes_a_net_that_the_library_loads(tree: Path) -> None:
+    net = sigmab_plugin.load(tree, cifar_resnet18(**MODEL_ARGS))
+    assert net.leaves == ("0/0", "0/1", "1/0", "1/1")
+    assert net.config.projection_dim == 8
+    assert {path.name for path in tree.iterdir()} == {
+        "plan.json", "model.safetensors", "sigmab.json", "twin.safetensors",
+    }  # fmt: skip
+
+
+def test_inspect_counts_what_the_net_counts(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = sigmab_plugin.load(tree, cifar_resnet18(**MODEL_ARGS)).parameter_counts()
+    record = run(capsys, "inspect", str(tree))
+    assert sum(node["parameters"] for node in record["nodes"]) == counts.total
+    assert {leaf: size["parameters"] for leaf, size in record["paths"].items()} == counts.per_path
+    assert main(["inspect", str(tree)]) == 0
+    text = capsys.readouterr().out
+    for part in ("backbone", "specializer 0/1", "router 1", "head 1/1", f"{counts.total:,}", "shared_ratio 0.5"):
+        assert part in text
+
+
+def test_compress_from_a_config_file_equals_the_options(
+    tree: Path, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = {"algorithm": "sigmab", "levels": ["layer3", "layer4"], "head": "fc", "projection_dim": 8}
+    config = tmp_path / "nncf.json"
+    config.write_text(json.dumps({"input_info": {"sample_size": [1, 1, 8, 8]}, "compression": [section]}))
+    again = tmp_path / "again"
+    words = ["--weights", str(dense), "--data", "digits", "--out", str(again)]
+    run(capsys, "compress", *MODEL, "--config", str(config), *words)
+    assert (again / "model.safetensors").read_bytes() == (tree / "model.safetensors").read_bytes()
+
+
+def test_finetune_then_evaluate(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned = tmp_path / "tuned"
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"lr": 0.05, "warmup_epochs": 0.0, "label_smoothing": 0.0}')
+    words = ["finetune", str(tree), "--data", "digits", "--epochs", "2", "--recipe", str(recipe), "--out", str(tuned)]
+    run(capsys, *words)
+    log = json.loads((tuned / "log.json").read_text())
+    assert [record["epoch"] for record in log["records"]] == [1, 2]
+    assert log["records"][1]["train_loss"] < log["records"][0]["train_loss"]
+
+    page = tmp_path / "report.html"
+    result = run(capsys, "evaluate", str(tuned), "--data", "digits", "--report", str(page))
+    roles = [row["role"] for row in result["networks"]]
+    assert roles == ["dense", "sigmab", "twin"]
+    assert all(0 <= row["accuracy"] <= 1 for row in result["networks"])
+    assert sum(result["leaf_shares"].values()) == pytest.approx(1)
+    text = page.read_text(encoding="utf-8")
+    assert "Leaf shares in training" in text
+    assert str(page) == result["files"]["report"]
+    # A second evaluation of what was saved gives the same numbers.
+    again = run(capsys, "evaluate", str(tuned), "--data", "digits")
+    assert again["networks"] == result["networks"]
+
+
+def test_evaluate_without_dense_weights_leaves_out_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tree"
+    run(capsys, "compress", *MODEL, *TREE, "--data", "digits", "--samples", "200", "--out", str(out))
+    result = run(capsys, "evaluate", str(out), "--data", "digits")
+    assert [row["role"] for row in result["networks"]] == ["sigmab"]
+    assert main(["finetune", str(out), "--data", "digits", "--distill", "1", "--out", str(out)]) == 2
+    assert "needs the dense network's weights" in capsys.readouterr().err
+
+
+def test_evaluate_with_another_model_names_the_tensor(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = json.dumps({**MODEL_ARGS, "width": 0.125})
+    assert main(["evaluate", str(tree), "--data", "digits", "--model-args", other]) == 2
+    assert "conv1.weight" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo_goes_all_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    result = run(capsys, "demo", "--quick", "--out", str(out))
+    rows = {row["role"]: row for row in result["networks"]}
+    assert set(rows) == {"dense", "sigmab", "twin"}
+    assert rows["dense"]["accuracy"] > 0.5
+    assert rows["sigmab"]["active_parameters"] < rows["dense"]["active_parameters"] / 2
+    assert rows["twin"]["active_parameters"] < rows["sigmab"]["active_parameters"]
+    record = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert len(record["channels"]) == 3
+    assert len(record["curves"]) == 3
+    assert "sigmab demo --quick" in (out / "report.html").read_text(encoding="utf-8")
+    assert (out / "net" / "plan.json").is_file()
