@@ -67,13 +67,14 @@ def spherical_kmeans(
             break
         previous = labels
         centroids = _updated(rows, centroids, sums, counts, worst)
-    if best_objective == -float("inf"):
+    # The same product as the router's, so that routing reproduces the partition.
+    assignment = torch.nn.functional.linear(latents, best_centroids).argmax(dim=1)
+    # Directions that differ by rounding alone may fall together here although their run kept them apart.
+    if best_objective == -float("inf") or not bool(torch.bincount(assignment, minlength=k).all()):
         raise CalibrationError(
             "all calibration samples give the same latent direction, so that they cannot be split: "
             "give more varied data"
         )
-    # The same product as the router's, so that routing reproduces the partition.
-    assignment = torch.nn.functional.linear(latents, best_centroids).argmax(dim=1)
     return Clustering(best_centroids, assignment, best_objective)
 
 
