@@ -86,8 +86,21 @@ def chain(modules: Sequence[nn.Module]) -> Segments:
         raise ConfigError(
             f"segments needs a backbone, at least one level and a head; got {len(modules)} modules"
         )
-    names = tuple(f"segment{i}" for i in range(1, len(modules)))
-    return Segments(modules[0], tuple(modules[1:-1]), modules[-1], names)
+    names = [f"segment{i}" for i in range(len(modules))]
+    named = [_Named(name, module) for name, module in zip(names, modules, strict=True)]
+    return Segments(named[0], tuple(named[1:-1]), named[-1], tuple(names[1:]))
+
+
+class _Named(nn.Module):
+    """A module under a name of its own: layers of two segments may bear the same name."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, module)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        (module,) = self.children()
+        return module(*inputs, **named)
 
 
 def _check_names(model: nn.Module, levels: Sequence[str], head: str) -> None:
