@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 
@@ -319,6 +320,24 @@ import torch_pruning as tp
 assert "SigmaBPruner" in dir(tp.pruner)
 assert tp.pruner.SigmaBPruner.__module__ == "sigmab_plugin.hosts.torch_pruning"
 """)
+
+
+@pytest.mark.skipif(find_spec("nncf") is None, reason="NNCF is not installed")
+@pytest.mark.parametrize(
+    "order", ["import nncf", "import torch, nncf", "from nncf.parameters import ModelType"]
+)
+def test_nncf_2_learns_the_names_and_nncf_3_is_left_alone(order: str, run_python: RunPython) -> None:
+    done = run_python(f"""
+{order}
+import nncf, sys
+if nncf.__version__.startswith("2."):
+    from nncf.config.schema import REF_VS_ALGO_SCHEMA
+    assert "sigmab" in REF_VS_ALGO_SCHEMA
+else:
+    assert not any(name.startswith("sigmab_plugin.techniques") for name in sys.modules)
+assert type(nncf.__spec__).__name__ == "ModuleSpec"
+""")
+    assert "sigmab-plugin failed" not in done.stderr
 
 
 def test_own_pruners_equal_the_declared_entry_points() -> None:
