@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sigmab_plugin.deploy import export
 from sigmab_plugin.tree.modality import Images
 
 torch.set_num_threads(1)
@@ -50,11 +52,14 @@ class Tree(nn.Module):
         self.specializers.update({p.replace("/", "_"): block(width, 2 * width, 2) for p in self.leaves})
         self.heads = nn.ModuleDict(
             {
-                p.replace("/", "_"): nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, classes))
+                p.replace("/", "_"): nn.Sequential(
+                    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, classes)
+                )
                 for p in self.leaves
             }
         )
         self.modality = Images()
+        self.modalities = (Images(), Images(), Images())
         self.plan: Any = SimpleNamespace(to_dict=lambda: {"version": 1, "levels": ["a", "b"]})
 
     @torch.no_grad()
@@ -64,7 +69,9 @@ class Tree(nn.Module):
         def halve(key: str, frontier: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.routers[key](frontier.mean((2, 3)))
             margins = (logits[:, 0] - logits[:, 1]).sort().values
-            self.routers[key].router.bias[0] -= margins[len(margins) // 2 - 1 :][:2].mean()  # no sample on the border
+            self.routers[key].router.bias[0] -= margins[len(margins) // 2 - 1 :][
+                :2
+            ].mean()  # no sample on the border
             branch = self.routers[key](frontier.mean((2, 3))).argmax(1)
             return frontier[branch == 0], frontier[branch == 1]
 
@@ -111,9 +118,22 @@ def expected(net: Tree, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="session")
-def onnx_bundle(net: Tree, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sigmab_plugin.deploy import export
+def bundle(net: Tree, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A torch bundle: the quickest to export; read only."""
+    directory = tmp_path_factory.mktemp("bundles") / "torch"
+    export(net, images[:2], directory, format="torch")
+    return directory
 
+
+@pytest.fixture
+def own_bundle(bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def onnx_bundle(net: Tree, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime")
     directory = tmp_path_factory.mktemp("bundles") / "onnx"
-    export(net, images[:2], directory)
+    export(net, images[:2], directory, format="onnx")
     return directory

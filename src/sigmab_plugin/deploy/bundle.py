@@ -57,7 +57,7 @@ def export(
     example_inputs: Any,
     directory: str | Path,
     *,
-    format: str = "onnx",
+    format: str = "onnx",  # noqa: A002 - the field's word
     precision: str = "fp32",
     layout: str = "portable",
     calibration_data: Any = None,
@@ -99,7 +99,9 @@ def export(
             calibration = collect(sources, calibration_data, net.modality.name)
         options = _options(format, precision, layout, net.modality.name, calibration)
         plan = net.plan.to_dict() if net.plan is not None else None
-        return _write(sources, tuple(net.leaves), plan, options, directory, packed=packed, overwrite=overwrite)
+        return _write(
+            sources, tuple(net.leaves), plan, options, directory, packed=packed, overwrite=overwrite
+        )
 
 
 def export_chain(
@@ -107,7 +109,7 @@ def export_chain(
     example_inputs: Any,
     directory: str | Path,
     *,
-    format: str = "onnx",
+    format: str = "onnx",  # noqa: A002 - the field's word
     precision: str = "fp32",
     layout: str = "portable",
     packed: bool = False,
@@ -127,21 +129,23 @@ def export_chain(
         return _write(sources, leaves, None, options, directory, packed=packed, overwrite=overwrite)
 
 
-def _options(format: str, precision: str, layout: str, modality: str, calibration: Any) -> Options:
+def _options(form: str, precision: str, layout: str, modality: str, calibration: Any) -> Options:
     for name, value, known in (
-        ("format", format, tuple(FORMATS)),
+        ("format", form, tuple(FORMATS)),
         ("precision", precision, PRECISIONS),
         ("layout", layout, LAYOUTS),
     ):
         if value not in known:
             raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-    if layout == "native" and format != "onnx":
-        raise ConfigError(f"layout='native' is for format='onnx'; {format!r} bundles are portable")
-    if precision not in ("fp32", "fp16") and format != "onnx":
-        raise ConfigError(f"precision={precision!r} is for format='onnx'; {format!r} takes fp32 or fp16")
+    if layout == "native" and form != "onnx":
+        raise ConfigError(f"layout='native' is for format='onnx'; {form!r} bundles are portable")
+    if precision not in ("fp32", "fp16") and form != "onnx":
+        raise ConfigError(f"precision={precision!r} is for format='onnx'; {form!r} takes fp32 or fp16")
     if layout == "native" and precision in ("int8-weights", "int4-weights"):
-        raise ConfigError(f"precision={precision!r} scales whole channels, which layout='native' blocks: use 'portable'")
-    return Options(format, precision, layout, modality, calibration)
+        raise ConfigError(
+            f"precision={precision!r} scales whole channels, which layout='native' cuts up: use 'portable'"
+        )
+    return Options(form, precision, layout, modality, calibration)
 
 
 def _write(
@@ -189,7 +193,8 @@ def _node(
 ) -> Node:
     def values(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Value, ...]:
         return tuple(
-            Value(name, str(t.dtype).removeprefix("torch."), (None, *t.shape[1:])) for name, t in zip(names, tensors)
+            Value(name, str(t.dtype).removeprefix("torch."), (None, *t.shape[1:]))
+            for name, t in zip(names, tensors, strict=True)
         )
 
     return Node(
@@ -202,7 +207,9 @@ def _node(
         program=program,
         weights=region,
         parameters=source.parameters,
-        extra={"files": {k: [e.file, e.nbytes, e.sha256] for k, e in companions.items()}} if companions else {},
+        extra={"files": {k: [e.file, e.nbytes, e.sha256] for k, e in companions.items()}}
+        if companions
+        else {},
     )
 
 

@@ -41,7 +41,7 @@ def as_arrays(inputs: Any, dtypes: tuple[str, ...]) -> Frontier:
     if len(values) != len(dtypes):
         raise ConfigError(f"this bundle takes {len(dtypes)} inputs; got {len(values)}")
     arrays = []
-    for position, (value, dtype) in enumerate(zip(values, dtypes)):
+    for position, (value, dtype) in enumerate(zip(values, dtypes, strict=True)):
         if hasattr(value, "detach"):
             value = value.detach().cpu()
         array = np.ascontiguousarray(value)

@@ -125,7 +125,11 @@ class Manifest:
         body = asdict(self)
         body["nodes"] = [_node_to_dict(node) for node in self.nodes]
         paths = {
-            leaf: {"leaf": index, "nodes": [n.path for n in self.path_nodes(leaf)], "nbytes": self.path_bytes()[leaf]}
+            leaf: {
+                "leaf": index,
+                "nodes": [n.path for n in self.path_nodes(leaf)],
+                "nbytes": self.path_bytes()[leaf],
+            }
             for index, leaf in enumerate(self.leaves)
         }
         head = {"type": FORMAT, "version": FORMAT_VERSION, "page": PAGE, "alignment": ALIGNMENT}
@@ -159,7 +163,9 @@ class Manifest:
                 producer=dict(body.get("producer", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"the manifest is incomplete or altered ({error!r}): export the bundle again") from error
+            raise FormatError(
+                f"the manifest is incomplete or altered ({error!r}): export the bundle again"
+            ) from error
         manifest._check()
         return manifest
 
@@ -170,13 +176,21 @@ class Manifest:
         for node in self.nodes:
             for name in (node.program.file, node.weights.file):
                 if Path(name).name != name:
-                    raise FormatError(f"node {node.path!r}: {name!r} must be a plain file name inside the bundle")
+                    raise FormatError(
+                        f"node {node.path!r}: {name!r} must be a plain file name inside the bundle"
+                    )
             if not set(node.children) <= known:
-                raise FormatError(f"node {node.path!r} names children that the manifest lacks: {node.children}")
+                raise FormatError(
+                    f"node {node.path!r} names children that the manifest lacks: {node.children}"
+                )
             if node.weights.offset % PAGE or node.weights.nbytes % PAGE:
                 raise FormatError(f"node {node.path!r}: its weights are not aligned to {PAGE} bytes")
             for tensor in node.weights.tensors:
-                if tensor.offset < 0 or tensor.nbytes < 0 or tensor.offset + tensor.nbytes > node.weights.nbytes:
+                if (
+                    tensor.offset < 0
+                    or tensor.nbytes < 0
+                    or tensor.offset + tensor.nbytes > node.weights.nbytes
+                ):
                     raise FormatError(f"node {node.path!r}: tensor {tensor.name!r} lies outside its region")
 
 
@@ -201,7 +215,9 @@ def _node_from_dict(body: Mapping[str, Any]) -> Node:
         children=tuple(body["children"]),
         inputs=tuple(_value(v) for v in body["inputs"]),
         outputs=tuple(_value(v) for v in body["outputs"]),
-        program=FileEntry(str(body["program"]["file"]), int(body["program"]["nbytes"]), str(body["program"]["sha256"])),
+        program=FileEntry(
+            str(body["program"]["file"]), int(body["program"]["nbytes"]), str(body["program"]["sha256"])
+        ),
         weights=Region(
             file=str(weights["file"]),
             offset=int(weights["offset"]),
@@ -216,7 +232,9 @@ def _node_from_dict(body: Mapping[str, Any]) -> Node:
 
 
 def _value(body: Mapping[str, Any]) -> Value:
-    return Value(str(body["name"]), str(body["dtype"]), tuple(None if n is None else int(n) for n in body["shape"]))
+    return Value(
+        str(body["name"]), str(body["dtype"]), tuple(None if n is None else int(n) for n in body["shape"])
+    )
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -225,7 +243,9 @@ def read_manifest(directory: str | Path) -> Manifest:
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FormatError(f"{directory} is not a bundle: cannot read {MANIFEST_NAME} ({error.strerror})") from error
+        raise FormatError(
+            f"{directory} is not a bundle: cannot read {MANIFEST_NAME} ({error.strerror})"
+        ) from error
     except ValueError as error:
         raise FormatError(f"{file} is not valid JSON ({error}): export the bundle again") from error
     if not isinstance(body, dict):

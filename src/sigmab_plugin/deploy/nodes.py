@@ -58,26 +58,22 @@ def _flat(value: Any) -> tuple[Tensor, ...]:
 class _Inner(nn.Module):
     """body (backbone or specializer), then pooling and the router: frontier tensors, then logits."""
 
-    def __init__(self, body: nn.Module, router: nn.Module, modality: Any, *, root: bool, packed: bool) -> None:
+    def __init__(self, body: nn.Module, router: nn.Module, modality: Any) -> None:
         super().__init__()
-        self.body, self.router = body, router
-        self._modality, self._root, self._packed = modality, root, packed
+        self.body, self.router, self._modality = body, router, modality
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        if self._root:
-            frontier = self.body(*inputs)
-        else:
-            frontier = self.body(tuple(inputs) if self._packed else inputs[0])
+        frontier = self.body(*inputs)
         return (*_flat(frontier), self.router(self._modality.pool(frontier)))
 
 
 class _Leaf(nn.Module):
-    def __init__(self, body: nn.Module, head: nn.Module, *, packed: bool) -> None:
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.body, self.head, self._packed = body, head, packed
+        self.body, self.head = body, head
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return _flat(self.head(self.body(tuple(inputs) if self._packed else inputs[0])))
+        return _flat(self.head(*_flat(self.body(*inputs))))
 
 
 class _Chained(nn.Module):
@@ -112,20 +108,21 @@ def cut(net: Any, example_inputs: Any) -> tuple[NodeSource, ...]:
     a traced batch of one would be taken for a constant. Call inside :func:`evaluating`.
     """
     inputs = _at_least_two(as_arguments(example_inputs), type(net.modality).__name__)
-    frontier = net.backbone(*inputs)
-    packed = isinstance(frontier, (tuple, list))
     known = (*net.inner_nodes, *net.leaves)
     sources: list[NodeSource] = []
 
     def visit(path: str, example: tuple[Tensor, ...], names: tuple[str, ...]) -> None:
         key, root = module_key(path), path == ""
         if path in net.leaves:
-            leaf = _Leaf(net.specializers[key], net.heads[key], packed=packed).eval()
+            leaf = _Leaf(net.specializers[key], net.heads[key]).eval()
             out = leaf(*example)
-            sources.append(NodeSource(path, key, "leaf", (), leaf, example, names, _names("logits", len(out)), out))
+            sources.append(
+                NodeSource(path, key, "leaf", (), leaf, example, names, _names("logits", len(out)), out)
+            )
             return
         body = net.backbone if root else net.specializers[key]
-        module = _Inner(body, net.routers[key], net.modality, root=root, packed=packed).eval()
+        depth = path.count("/") + 1 if path else 0
+        module = _Inner(body, net.routers[key], net.modalities[depth]).eval()
         out = module(*example)
         frontier_names = _names("frontier", len(out) - 1)
         children = children_of(path, known)

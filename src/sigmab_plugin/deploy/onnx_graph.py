@@ -49,7 +49,9 @@ def dynamic_shapes(source: NodeSource, modality: str) -> tuple[dict[int, Any], .
     if modality == "points" and len(source.example) > 1:
         rows = torch.export.Dim("points", min=1)
         same = {t.shape[0] for t in source.example} == {source.example[0].shape[0]}
-        return tuple({0: rows if same else torch.export.Dim(f"rows_{i}", min=1)} for i in range(len(source.example)))
+        return tuple(
+            {0: rows if same else torch.export.Dim(f"rows_{i}", min=1)} for i in range(len(source.example))
+        )
     batch = torch.export.Dim("batch", min=1)
     return tuple({0: batch} if t.ndim else {} for t in source.example)
 

@@ -26,8 +26,9 @@ Bind = Callable[[Node, "mmap.mmap | None"], Any]
 class _Slot:
     """What is known of one node: on its way (``job``), in memory (``bound``), or neither."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, cost: int) -> None:
         self.node = node
+        self.cost = cost
         self.job: Job | None = None
         self.bound: Any = None
         self.binding = False
@@ -47,6 +48,7 @@ class Residency:
         manifest: of the bundle.
         bind: see :data:`Bind`.
         budget: bytes of weights in memory at most, reads under way included; None for no limit.
+        factor: bytes in memory per byte of a region.
         retain: False drops every node as soon as nothing uses it, the backbone too.
         directory, bandwidth, mode, verify, trace: see :class:`Reader`.
     """
@@ -57,6 +59,7 @@ class Residency:
         bind: Bind,
         *,
         budget: int | None,
+        factor: float,
         retain: bool,
         directory: Path,
         bandwidth: float | None,
@@ -68,7 +71,7 @@ class Residency:
         self._budget = budget
         self._retain = retain
         self._trace = trace
-        self._slots = {node.path: _Slot(node) for node in manifest.nodes}
+        self._slots = {node.path: _Slot(node, int(node.weights.nbytes * factor)) for node in manifest.nodes}
         self._changed = threading.Condition(threading.RLock())
         self._queue: deque[object] = deque()
         self._clock = 0
@@ -122,7 +125,7 @@ class Residency:
                     if ticket not in self._queue:  # the read that it relied on was cancelled
                         self._queue.append(ticket)
                     # First come, first served: a large node must not starve behind small ones.
-                    if self._queue[0] is ticket and self._make_room(slot.node.weights.nbytes, prefetch=False):
+                    if self._queue[0] is ticket and self._make_room(slot.cost, prefetch=False):
                         self._start(slot, DEMAND)
                     else:
                         self._changed.wait()
@@ -177,7 +180,7 @@ class Residency:
             slot = self._slots[path]
             if slot.present or self._closed or self._queue:
                 return False
-            if not self._make_room(slot.node.weights.nbytes, prefetch=True):
+            if not self._make_room(slot.cost, prefetch=True):
                 return False
             self.prefetches += 1
             self._start(slot, PREFETCH)
@@ -223,7 +226,7 @@ class Residency:
 
     def _start(self, slot: _Slot, priority: int) -> None:
         slot.job = Job(slot.node, priority)
-        self.resident_bytes += slot.node.weights.nbytes
+        self.resident_bytes += slot.cost
         self.peak_resident_bytes = max(self.peak_resident_bytes, self.resident_bytes)
         self.reader.submit(slot.job)
 
@@ -238,26 +241,30 @@ class Residency:
 
     def _forget(self, slot: _Slot) -> None:
         slot.job = None
-        self.resident_bytes -= slot.node.weights.nbytes
+        self.resident_bytes -= slot.cost
         self._changed.notify_all()
 
     def _drop(self, slot: _Slot) -> None:
         slot.bound = None
-        self.resident_bytes -= slot.node.weights.nbytes
+        self.resident_bytes -= slot.cost
         self.evictions += 1
         now = time.perf_counter()
         self._trace.add("evict", slot.node.path, now)
 
-    def _make_room(self, nbytes: int, *, prefetch: bool) -> bool:
-        """Evict until ``nbytes`` fit. A prefetch gives way to what is in memory and in use."""
+    def _make_room(self, cost: int, *, prefetch: bool) -> bool:
+        """Evict until ``cost`` bytes fit. A prefetch gives way to what is in memory and in use."""
         if self._budget is None:
             return True
-        excess = self.resident_bytes + nbytes - self._budget
+        excess = self.resident_bytes + cost - self._budget
         if excess <= 0:
             return True
         # The backbone is needed by every inference: it stays.
         idle = sorted(
-            (s for s in self._slots.values() if s.present and s.pins == 0 and s.wanted == 0 and not s.binding),
+            (
+                s
+                for s in self._slots.values()
+                if s.present and s.pins == 0 and s.wanted == 0 and not s.binding
+            ),
             key=lambda s: (s.job is not None and not s.job.done.is_set(), s.used_at),
         )
         idle = [s for s in idle if s.node.path != "" and not (prefetch and s.job is not None)]
@@ -266,7 +273,7 @@ class Residency:
             if excess <= 0:
                 break
             victims.append(slot)
-            excess -= slot.node.weights.nbytes
+            excess -= slot.cost
         if excess > 0:
             return False
         pending = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 import mmap
 import threading
@@ -89,12 +90,16 @@ class Runner:
             raise ConfigError(f"bandwidth must be more than 0 bytes a second; got {bandwidth!r}")
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
-        needed = max(self.manifest.path_bytes().values())
+        self._backend = open_backend(backend, self.manifest, threads=threads)
+        factor = self._backend.resident_factor
+        nodes = self.manifest.path_nodes
+        needed = max(
+            sum(int(n.weights.nbytes * factor) for n in nodes(leaf)) for leaf in self.manifest.leaves
+        )
         if budget_bytes is not None and budget_bytes < needed:
             raise ConfigError(
                 f"budget_bytes={budget_bytes} is smaller than one path: at least {needed} bytes are needed"
             )
-        self._backend = open_backend(backend, self.manifest, threads=threads)
         self._prefetch = prefetch
         self._nodes = {node.path: node for node in self.manifest.nodes}
         self._leaf_index = {path: index for index, path in enumerate(self.manifest.leaves)}
@@ -103,12 +108,14 @@ class Runner:
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
         self._closed = False
+        self._last_leaf: int | None = None
         self.trace = Trace(trace)
         self._choices: dict[str, Counter[str]] = {node.path: Counter() for node in self.manifest.nodes}
         self._residency = Residency(
             self.manifest,
             self._bind,
             budget=budget_bytes,
+            factor=factor,
             retain=retain,
             directory=self.directory,
             bandwidth=bandwidth,
@@ -258,7 +265,7 @@ class Runner:
             self._latencies.append(seconds)
             previous = self._last_leaf
             sequence = leaves.tolist() if previous is None else [previous, *leaves.tolist()]
-            self._switches += sum(a != b for a, b in zip(sequence, sequence[1:]))
+            self._switches += sum(a != b for a, b in itertools.pairwise(sequence))
             self._last_leaf = sequence[-1] if sequence else previous
             self._leaf_counts.update(self.manifest.leaves[i] for i in leaves.tolist())
 
@@ -301,7 +308,7 @@ class Runner:
         with self._lock:
             self._inferences = self._samples = self._switches = 0
             self._latencies: deque[float] = deque(maxlen=_LATENCIES)
-            self._last_leaf: int | None = None
+            self._last_leaf = None
             self._leaf_counts: Counter[str] = Counter()
             self._baseline = self._totals()
             self._residency.peak_resident_bytes = self._residency.resident_bytes

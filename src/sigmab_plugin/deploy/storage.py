@@ -26,17 +26,22 @@ DEMAND, PREFETCH = 0, 1
 
 
 class TokenBucket:
-    """Lets ``rate`` bytes a second through. One user at a time; ``burst`` is what an idle time saves up."""
+    """Lets ``rate`` bytes a second through, as a bus that is never idle while something waits for it.
 
-    def __init__(self, rate: float, *, burst: float = 0.0) -> None:
-        if not rate > 0:
-            raise ValueError(f"bandwidth must be more than 0 bytes a second; got {rate!r}")
-        self.rate, self.burst = rate, burst
+    An idle time saves nothing up; a chunk that came late for other reasons may be made up for.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
         self._free_at = time.perf_counter()
 
-    def take(self, nbytes: int, started: float) -> None:
-        """Return when ``nbytes``, asked for at ``started``, would have come over the bus."""
-        self._free_at = max(self._free_at, started - self.burst / self.rate) + nbytes / self.rate
+    def begin(self) -> None:
+        """A transfer starts now, or when the bus is free."""
+        self._free_at = max(self._free_at, time.perf_counter())
+
+    def take(self, nbytes: int) -> None:
+        """Return when ``nbytes`` more have come over the bus."""
+        self._free_at += nbytes / self._rate
         delay = self._free_at - time.perf_counter()
         if delay > 0:
             time.sleep(delay)
@@ -161,17 +166,22 @@ class Reader:
             return True
         if job._file < 0:
             job.started = time.perf_counter()
+            if self._bucket is not None:
+                self._bucket.begin()
             job._file = self._open(self._directory / region.file)
             if os.fstat(job._file).st_size < region.offset + region.nbytes:
-                raise _fault(job.node, f"{region.file} is truncated: {region.nbytes} bytes at {region.offset} expected")
+                raise _fault(
+                    job.node, f"{region.file} is truncated: {region.nbytes} bytes at {region.offset} expected"
+                )
             if region.nbytes == 0:
                 return True
             job.buffer = mmap.mmap(-1, region.nbytes)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 job.buffer.madvise(mmap.MADV_HUGEPAGE)
         assert job.buffer is not None
-        begin = time.perf_counter()
-        view = memoryview(job.buffer)[job._offset : job._offset + min(self._chunk, region.nbytes - job._offset)]
+        view = memoryview(job.buffer)[
+            job._offset : job._offset + min(self._chunk, region.nbytes - job._offset)
+        ]
         try:
             got = self._read(job, view)
             if got <= 0:
@@ -183,7 +193,7 @@ class Reader:
         job._offset += got
         self.bytes_read += got
         if self._bucket is not None:
-            self._bucket.take(got, begin)
+            self._bucket.take(got)
         if job._offset < region.nbytes:
             return False
         if self._verify and job._digest.hexdigest() != region.sha256:
@@ -193,8 +203,7 @@ class Reader:
     def _open(self, file: Path) -> int:
         if self.mode in ("auto", "direct") and hasattr(os, "O_DIRECT"):
             try:
-                descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
-                return descriptor
+                return os.open(file, os.O_RDONLY | os.O_DIRECT)
             except OSError as error:
                 if error.errno in _MISSING or self.mode == "direct":
                     raise
@@ -226,7 +235,14 @@ class Reader:
         )
 
 
-_MISSING = (2, 13, 20, 21, 24, 40)  # no such file, no permission, not a directory, is one, too many files, link loop
+_MISSING = (
+    2,
+    13,
+    20,
+    21,
+    24,
+    40,
+)  # no such file, no permission, not a directory, is one, too many files, link loop
 _REFUSED = (22, 95)  # invalid argument, not supported
 
 
@@ -240,4 +256,6 @@ def _read_at(file: int, view: memoryview, position: int) -> int:
 
 
 def _fault(node: Node, why: str) -> FormatError:
-    return FormatError(f"artefact of node {node.path or 'root'!r} cannot be loaded: {why}. Restore it or export again.")
+    return FormatError(
+        f"artefact of node {node.path or 'root'!r} cannot be loaded: {why}. Restore it or export again."
+    )

@@ -97,7 +97,9 @@ def atomic_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
         if not empty and not (target / MANIFEST_NAME).is_file():
             raise FormatError(f"{target} exists and is not a bundle: choose another directory")
         if not empty and not overwrite:
-            raise FormatError(f"{target} already holds a bundle: pass overwrite=True (--overwrite) to replace it")
+            raise FormatError(
+                f"{target} already holds a bundle: pass overwrite=True (--overwrite) to replace it"
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

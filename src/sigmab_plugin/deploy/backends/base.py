@@ -24,6 +24,8 @@ class Backend(Protocol):
     """One runtime for one bundle."""
 
     name: str
+    resident_factor: float
+    """Bytes in memory per byte of a region, once it is bound."""
 
     def program(self, node: Node, data: bytes) -> Any:
         """Prepare a node's program, without weights; done once per node."""
@@ -48,4 +50,6 @@ def views(node: Node, weights: mmap.mmap | None) -> Iterator[tuple[TensorEntry, 
 
 
 def missing(runtime: str, extra: str, error: ImportError) -> MissingDependencyError:
-    return MissingDependencyError(f"backend {runtime!r} needs {runtime}; install it with: pip install {extra} ({error})")
+    return MissingDependencyError(
+        f"backend {runtime!r} needs {runtime}; install it with: pip install {extra} ({error})"
+    )

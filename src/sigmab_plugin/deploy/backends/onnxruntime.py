@@ -29,7 +29,10 @@ class _Bound:
             self._weights[entry.name] = value
 
     def __call__(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        feeds = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in zip(self._inputs, inputs)}
+        feeds = {
+            name: ort.OrtValue.ortvalue_from_numpy(array)
+            for name, array in zip(self._inputs, inputs, strict=True)
+        }
         results = self._session.run_with_ort_values(self._outputs, {**self._weights, **feeds})
         return tuple(value.numpy() for value in results)
 
@@ -41,6 +44,7 @@ class OnnxRuntime:
     """CPU execution. ``threads`` is per inference; None leaves the choice to ONNX Runtime."""
 
     name = "onnxruntime"
+    resident_factor = 1.0
 
     def __init__(self, manifest: Manifest, *, threads: int | None) -> None:
         needed = manifest.requires.get("vector_width")
@@ -70,7 +74,9 @@ class OnnxRuntime:
         try:
             return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
-            raise FormatError(f"node {node.path or 'root'!r}: ONNX Runtime cannot open its graph: {error}") from error
+            raise FormatError(
+                f"node {node.path or 'root'!r}: ONNX Runtime cannot open its graph: {error}"
+            ) from error
 
     def bind(self, node: Node, program: Any, weights: mmap.mmap | None) -> _Bound:
         return _Bound(node, program, weights)

@@ -1,0 +1,178 @@
+"""What lies in a bundle, and how it comes to lie there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sigmab_plugin.deploy import Manifest, export, export_chain, read_manifest
+from sigmab_plugin.deploy.manifest import ALIGNMENT, PAGE
+from sigmab_plugin.deploy.writing import atomic_directory, pack
+from sigmab_plugin.errors import ConfigError, FormatError, ModelError
+
+
+def test_nodes_are_the_tree_in_order_of_use(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    assert [n.path for n in manifest.nodes] == ["", "0", "0/0", "0/1", "1", "1/0", "1/1"]
+    assert [n.role for n in manifest.path_nodes("1/0")] == ["backbone", "inner", "leaf"]
+    assert manifest.plan == {"version": 1, "levels": ["a", "b"]}
+    body = json.loads((bundle / "manifest.json").read_text())
+    assert body["paths"]["1/0"] == {
+        "leaf": 2,
+        "nodes": ["", "1", "1/0"],
+        "nbytes": sum(n.weights.nbytes for n in manifest.path_nodes("1/0")),
+    }
+
+
+def test_one_seek_and_one_read_bring_a_nodes_weights(bundle: Path, net: Any) -> None:
+    """What a runner in C does: offset and length from the manifest, nothing else."""
+    node = json.loads((bundle / "manifest.json").read_text())["nodes"][1]
+    where = node["weights"]
+    file = os.open(bundle / where["file"], os.O_RDONLY)
+    os.lseek(file, where["offset"], os.SEEK_SET)
+    data = os.read(file, where["nbytes"])
+    os.close(file)
+    assert where["offset"] % PAGE == 0
+    assert where["nbytes"] % PAGE == 0
+    assert hashlib.sha256(data).hexdigest() == where["sha256"]
+    expected = dict(net.specializers["0"].named_parameters())
+    for name, dtype, shape, offset, nbytes in where["tensors"]:
+        assert offset % ALIGNMENT == 0
+        value = np.frombuffer(data[offset : offset + nbytes], dtype).reshape(shape)
+        if name.startswith("body.") and name[5:] in expected:
+            np.testing.assert_array_equal(value, expected.pop(name[5:]).detach().numpy())
+    assert not expected
+
+
+def test_bytes_on_a_path_are_its_parameters(net: Any, images: Tensor, tmp_path: Path) -> None:
+    """Beyond the parameters: running statistics, alignment, and less than a page per node."""
+    manifest = export(net, images, tmp_path / "b", format="torch", packed=True)
+    counted = sum(p.numel() for p in net.backbone.parameters()) + sum(
+        p.numel() for p in net.routers["root"].parameters()
+    )
+    assert manifest.node("").parameters == counted
+    for node in manifest.nodes:
+        assert 0 <= node.weights.nbytes - node.weights.used < PAGE
+        assert node.weights.used >= 4 * node.parameters
+    # Packed: one file, the nodes one after the other.
+    ends = [n.weights.offset + n.weights.nbytes for n in manifest.nodes]
+    assert [n.weights.offset for n in manifest.nodes] == [0, *ends[:-1]]
+    assert (tmp_path / "b" / "weights.bin").stat().st_size == ends[-1]
+
+
+def test_manifest_round_trip(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(version=2), "newer than the 1"),
+        (lambda m: m.update(type="zip"), "not a sigmab-bundle"),
+        (lambda m: m["nodes"].pop(2), "0/0"),
+        (lambda m: m["nodes"][0]["weights"].update(file="../x"), "plain file name"),
+        (lambda m: m["nodes"][0]["weights"].update(offset=5), "not aligned"),
+        (lambda m: m["nodes"][0]["weights"]["tensors"][0].__setitem__(4, 1 << 40), "outside its region"),
+        (lambda m: m.pop("leaves"), "incomplete"),
+    ],
+    ids=["newer", "foreign", "missing-node", "escape", "unaligned", "outside", "incomplete"],
+)
+def test_altered_manifest_is_refused(bundle: Path, change: Any, message: str) -> None:
+    body = json.loads((bundle / "manifest.json").read_text())
+    change(body)
+    with pytest.raises(FormatError, match=message):
+        Manifest.from_dict(body)
+
+
+def test_not_a_bundle(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"cannot read manifest\.json"):
+        read_manifest(tmp_path)
+
+
+def test_export_leaves_the_net_as_it_was(net: Any, images: Tensor, tmp_path: Path) -> None:
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    net.train()
+    net.backbone.eval()
+    modes = {name: m.training for name, m in net.named_modules()}
+    try:
+        export(net, images[:1], tmp_path / "b", format="torch")
+        assert {name: m.training for name, m in net.named_modules()} == modes
+    finally:
+        net.eval()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_existing_directories_are_respected(bundle: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "letter.txt").write_text("keep me")
+    with pytest.raises(FormatError, match="not a bundle"), atomic_directory(foreign, overwrite=True):
+        pass
+    assert (foreign / "letter.txt").read_text() == "keep me"
+    with pytest.raises(FormatError, match="overwrite"), atomic_directory(bundle, overwrite=False):
+        pass
+
+
+def test_a_failed_export_leaves_nothing_and_keeps_the_old(own_bundle: Path) -> None:
+    before = (own_bundle / "manifest.json").read_bytes()
+    with pytest.raises(RuntimeError, match="power"), atomic_directory(own_bundle, overwrite=True) as work:
+        (work / "half").write_text("written")
+        raise RuntimeError("power failed")
+    assert (own_bundle / "manifest.json").read_bytes() == before
+    assert [p.name for p in own_bundle.parent.iterdir()] == [own_bundle.name]
+
+
+def test_overwrite_replaces_all_of_the_old(own_bundle: Path) -> None:
+    (own_bundle / "stale").write_text("")
+    with atomic_directory(own_bundle, overwrite=True) as work:
+        (work / "manifest.json").write_text("{}")
+    assert [p.name for p in own_bundle.iterdir()] == ["manifest.json"]
+    assert [p.name for p in own_bundle.parent.iterdir()] == [own_bundle.name]
+
+
+def test_pack_aligns_tensors_and_pads_the_region() -> None:
+    data, used, entries = pack([("a", "int8", (3,), b"abc"), ("b", "int8", (2,), b"de")])
+    assert [(e.offset, e.nbytes) for e in entries] == [(0, 3), (ALIGNMENT, 2)]
+    assert (len(data), used) == (PAGE, ALIGNMENT + 2)
+    assert data[ALIGNMENT : ALIGNMENT + 3] == b"de\0"
+    assert pack([]) == (b"", 0, ())
+
+
+class _Untraceable(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(x.detach().numpy().max())
+
+
+def test_an_export_that_cannot_be_done_names_node_and_reason(tmp_path: Path) -> None:
+    parts = [nn.Flatten(), nn.Sequential(nn.Linear(12, 3), _Untraceable())]
+    with pytest.raises(
+        ModelError, match=r"node '0' \(leaf\) cannot be exported to torch.export: \w+Error: .+"
+    ):
+        export_chain(parts, torch.zeros(2, 3, 2, 2), tmp_path / "b", format="torch")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "tflite"}, "format must be one of"),
+        ({"format": "torch", "layout": "native"}, "native"),
+        ({"format": "torch", "precision": "int8-weights"}, "ONNX|onnx"),
+        ({"precision": "int8"}, "calibration_data"),
+        ({"precision": "int3"}, "precision must be one of"),
+    ],
+)
+def test_options_that_do_not_fit(
+    net: Any, images: Tensor, tmp_path: Path, options: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export(net, images[:2], tmp_path / "b", **options)
