@@ -136,7 +136,9 @@ class Scaled(nn.Module):
         return torch.relu(x @ self.table * self.gain)
 
 
-class ScaledPruner(tp.pruner.function.BasePruningFunc if hasattr(tp.pruner, "function") else tp.BasePruningFunc):
+class ScaledPruner(
+    tp.pruner.function.BasePruningFunc if hasattr(tp.pruner, "function") else tp.BasePruningFunc
+):
     def prune_out_channels(self, layer: Scaled, idxs: list[int]) -> nn.Module:
         keep = [i for i in range(layer.size[1]) if i not in set(idxs)]
         layer.table = self._prune_parameter_and_grad(layer.table, keep, 1)
@@ -203,6 +205,7 @@ def test_probe_agrees_with_the_layouts() -> None:
             layout = layout_of(layer)
             assert layout is not None
             known = {
-                (t, d): dict(zip(p, c, strict=True)) for t, d, p, c in layout.places(layer, role, range(total))
+                (t, d): dict(zip(p, c, strict=True))
+                for t, d, p, c in layout.places(layer, role, range(total))
             }
             assert found == known, (layer, role)

@@ -24,7 +24,12 @@ def test_default_width_is_the_floor(channels: int, branches: int) -> None:
 
 
 def test_published_widths() -> None:
-    assert [default_width(c, n) for c, n in ((1024, 2), (256, 2), (2048, 4), (512, 4))] == [724, 181, 1024, 256]
+    assert [default_width(c, n) for c, n in ((1024, 2), (256, 2), (2048, 4), (512, 4))] == [
+        724,
+        181,
+        1024,
+        256,
+    ]
 
 
 def _by_hand(a: torch.Tensor, width: int, kappa: float) -> tuple[set[int], set[int], set[int]]:

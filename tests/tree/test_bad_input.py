@@ -34,7 +34,9 @@ def untouched() -> Iterator[Callable[[nn.Module], nn.Module]]:
     yield watch
     for model, before in watched:
         assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
-        assert [len(m._forward_hooks) for m in model.modules()] == [len(m._forward_hooks) for m in before.modules()]
+        assert [len(m._forward_hooks) for m in model.modules()] == [
+            len(m._forward_hooks) for m in before.modules()
+        ]
         for (name, now), (_, old) in zip(
             named_tensors(model).items(), named_tensors(before).items(), strict=True
         ):
@@ -161,12 +163,8 @@ def test_missing_calibration_data(untouched: Callable[[nn.Module], nn.Module]) -
 def test_training_mode_and_dropout_come_back(untouched: Callable[[nn.Module], nn.Module]) -> None:
     case: Case = next(c for c in CASES if c.name == "vgg")
     model = untouched(case.model().train())
-    net = SigmaBPruner(
-        model, case.batches()[0], config=case.config, calibration_data=case.batches()
-    ).step()
-    again = SigmaBPruner(
-        model, case.batches()[0], config=case.config, calibration_data=case.batches()
-    ).step()
+    net = SigmaBPruner(model, case.batches()[0], config=case.config, calibration_data=case.batches()).step()
+    again = SigmaBPruner(model, case.batches()[0], config=case.config, calibration_data=case.batches()).step()
     # Dropout was off while calibrating: two runs agree.
     assert again.plan == net.plan
 
@@ -237,9 +235,7 @@ def _alter_plan(directory: Path, **changes: Any) -> None:
         ),
     ],
 )
-def test_damaged_files(
-    saved: tuple[Path, SigmaBNet], damage: Callable[[Path], Any], message: str
-) -> None:
+def test_damaged_files(saved: tuple[Path, SigmaBNet], damage: Callable[[Path], Any], message: str) -> None:
     directory, _ = saved
     damage(directory)
     with pytest.raises(FormatError, match=message):
@@ -269,9 +265,7 @@ def test_load_on_the_meta_device(saved: tuple[Path, SigmaBNet]) -> None:
     assert torch.equal(load(directory, dense)(x), net.eval()(x))
 
 
-def test_full_disk_keeps_the_old_file(
-    saved: tuple[Path, SigmaBNet], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_keeps_the_old_file(saved: tuple[Path, SigmaBNet], monkeypatch: pytest.MonkeyPatch) -> None:
     directory, net = saved
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     torch.manual_seed(9)
@@ -324,7 +318,7 @@ def test_kill_during_save_leaves_one_whole_net(
 
 
 def test_config_sections() -> None:
-    with pytest.raises(ConfigError, match="unknown key 'shared_ration'. Did you mean 'shared_ratio'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'shared_ration'\. Did you mean 'shared_ratio'"):
         SigmaBConfig.from_dict({"algorithm": "sigmab", "shared_ration": 0.5})
     with pytest.raises(ConfigError, match="levels has the wrong type"):
         SigmaBConfig.from_dict({"algorithm": "sigmab", "levels": "layer3"})

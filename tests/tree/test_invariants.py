@@ -128,7 +128,7 @@ def test_batch_equals_sample_by_sample(built: Any) -> None:
 
 
 def test_calibration_partition_is_reproduced(built: Any) -> None:
-    case, model, _, batches, _, net = built
+    _, _, _, batches, _, net = built
     with torch.no_grad():
         leaves = torch.cat([call(net.route, batch) for batch in batches])
         pooled = torch.cat([net.modality.pool(call(net.backbone, batch)) for batch in batches])
@@ -137,7 +137,9 @@ def test_calibration_partition_is_reproduced(built: Any) -> None:
     for path, split in net.plan.splits.items():
         for branch in (0, 1):
             below = f"{path}/{branch}" if path else str(branch)
-            assert sum(leaf == below or leaf.startswith(below + "/") for leaf in chosen) == split.samples[branch]
+            assert (
+                sum(leaf == below or leaf.startswith(below + "/") for leaf in chosen) == split.samples[branch]
+            )
     # Clustering afresh from the net's own centroids' seed gives the same two sides.
     first = torch.tensor([int(leaf.split("/")[0]) for leaf in chosen])
     centroids = net.routers["root"].linear.weight

@@ -173,7 +173,9 @@ def test_interactive_step_shows_and_takes_edits() -> None:
             name = next(iter(allocation.shared))
             allocation.keep[name] = torch.arange(len(allocation.keep[name]))
     assert [p for p, _ in paths] == ["0", "1", "0/0", "0/1", "1/0", "1/1", "0/0", "0/1", "1/0", "1/1"]
-    assert pruner.net.plan.branches["0"].keep[name] == tuple(range(len(pruner.net.plan.branches["0"].keep[name])))
+    assert pruner.net.plan.branches["0"].keep[name] == tuple(
+        range(len(pruner.net.plan.branches["0"].keep[name]))
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,9 +227,7 @@ def test_user_given_segments(tmp_path: Any) -> None:
         model.layer3,
         torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), model.fc),
     ]
-    net = SigmaBPruner(
-        model, batches[0], segments=pieces, projection_dim=16, calibration_data=batches
-    ).step()
+    net = SigmaBPruner(model, batches[0], segments=pieces, projection_dim=16, calibration_data=batches).step()
     traced = _build()
     assert net.parameter_counts() == traced.parameter_counts()
     save(net, tmp_path)
@@ -245,4 +245,6 @@ def test_point_clouds_keep_their_order() -> None:
         together = call(net, (pos, batch))
         for cloud in range(int(batch[-1]) + 1):
             own = pos[batch == cloud]
-            assert torch.allclose(net(own, torch.zeros(len(own), dtype=torch.long))[0], together[cloud], atol=1e-4)
+            assert torch.allclose(
+                net(own, torch.zeros(len(own), dtype=torch.long))[0], together[cloud], atol=1e-4
+            )

@@ -28,11 +28,12 @@ class Member:
     positions: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
 
-    def pairs(self, size: int) -> tuple[Sequence[int], Sequence[int]]:
-        identity = range(size)
+    def pairs(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions along ``dim`` and the group's channel at each, two tensors of equal length."""
+        identity = torch.arange(size)
         return (
-            identity if self.positions is None else self.positions,
-            identity if self.channels is None else self.channels,
+            identity if self.positions is None else torch.tensor(self.positions),
+            identity if self.channels is None else torch.tensor(self.channels),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def slices_of(
                 (member.tensor, member.dim), torch.ones(shapes[member.tensor][member.dim], dtype=torch.bool)
             )
             positions, channels = member.pairs(group.size)
-            mask[torch.as_tensor(positions)] &= kept[torch.as_tensor(channels)]
+            mask[positions] &= kept[channels]
     slices: Slices = {}
     for (tensor, dim), mask in alive.items():
         if not bool(mask.all()):

@@ -370,7 +370,7 @@ def _without_conflicts(groups: Sequence[ChannelGroup]) -> Iterator[ChannelGroup]
     clashing: set[str] = set()
     for group in groups:
         for member in group.members:
-            positions = set(member.pairs(group.size)[0])
+            positions = set(member.pairs(group.size)[0].tolist())
             others = claims.setdefault((member.segment, member.tensor, member.dim), [])
             for other, taken in others:
                 if other.name != group.name and taken & positions:

@@ -162,5 +162,5 @@ def filter_norms(group: ChannelGroup, tensors: Mapping[tuple[int, str], torch.Te
             continue
         norms = weight.detach().double().abs().transpose(0, member.dim).flatten(1).sum(dim=1).cpu()
         positions, channels = member.pairs(group.size)
-        total.index_add_(0, torch.as_tensor(channels), norms[torch.as_tensor(positions)])
+        total.index_add_(0, channels, norms[positions])
     return total

@@ -408,7 +408,7 @@ def channel_means(group: ChannelGroup, means: torch.Tensor, frontier: int) -> to
     """
     # The group may leave its segment only later on (a stream that crosses this cut unchanged).
     member = group.frontiers[frontier if frontier in group.frontiers else min(group.frontiers)]
-    positions, channels = (torch.as_tensor(part) for part in member.pairs(group.size))
+    positions, channels = member.pairs(group.size)
     sums = means.new_zeros(means.shape[0], group.size)
     sums.index_add_(1, channels, means[:, positions])
     counts = torch.bincount(channels, minlength=group.size).clamp(min=1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import CalibrationError
+from ..tuning.distributed import all_gather_rows
 
 
 class Calibration:
@@ -49,16 +50,18 @@ class Calibration:
             self._check(inputs, number)
             if torch.is_tensor(targets) and not targets.is_floating_point():
                 labelled = True
-                if len(classes) < 2:
-                    classes.update(targets.unique().tolist())
+                classes.update(targets.unique().tolist())
             count += 1
             yield inputs
         if count == 0:
             raise CalibrationError("calibration_data is empty")
-        if labelled and len(classes) == 1:
-            raise CalibrationError(
-                f"all calibration samples have target {classes.pop()}: branches that specialise need several classes"
-            )
+        if labelled:
+            everywhere = all_gather_rows(torch.tensor(sorted(classes))).unique().tolist()
+            if len(everywhere) == 1:
+                raise CalibrationError(
+                    f"all calibration samples have target {everywhere[0]}: "
+                    "branches that specialise need several classes"
+                )
 
     def _split(self, batch: Any, number: int) -> tuple[Any, Any]:
         if _alike(_unwrapped(batch), self._example):

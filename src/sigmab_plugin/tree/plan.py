@@ -120,9 +120,8 @@ class Plan:
         keep = self.kept(path)
         for group in self.groups:
             if group.name in keep and depth in group.frontiers:
-                alive = set(keep[group.name].tolist())
                 _, channels = group.frontiers[depth].pairs(group.size)
-                width -= sum(1 for c in channels if c not in alive)
+                width -= int((~torch.isin(channels, keep[group.name])).sum())
         return width
 
     def to_dict(self) -> dict[str, Any]:

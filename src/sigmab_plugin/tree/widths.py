@@ -48,8 +48,8 @@ def _router_parameters(prepared: Prepared, keep: dict[str, torch.Tensor]) -> int
         width = prepared.features[frontier]
         for group in prepared.groups:
             if group.name in keep and frontier in group.frontiers:
-                alive = set(keep[group.name].tolist())
-                width -= sum(1 for c in group.frontiers[frontier].pairs(group.size)[1] if c not in alive)
+                _, channels = group.frontiers[frontier].pairs(group.size)
+                width -= int((~torch.isin(channels, keep[group.name])).sum())
         total += width * dim + dim + 2 * dim + 2 * dim + 2
     return total
 
