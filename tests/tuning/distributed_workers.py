@@ -111,5 +111,15 @@ def training(rank: int, folder: Path) -> None:
     resume(rank, folder / "resume")
 
 
+def torchrun(folder: str) -> None:
+    """The user's own script: join the job, train, leave."""
+    with distributed.process_group() as device:
+        net = tree(norm=False)
+        finetune(net, sharded(8), epochs=2, recipe=QUICK, device=device, progress=False)
+        save_file(
+            net.state_dict(), Path(folder) / f"{distributed.rank()}-of-{distributed.world_size()}.safetensors"
+        )
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torchrun(sys.argv[1]) if len(sys.argv) == 2 else main(*sys.argv[1:])

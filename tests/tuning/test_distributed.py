@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sigmab_plugin.tuning import distributed, finetune
 
-from .launch import launch
+from .launch import WORKERS, launch
 from .nets import QUICK, dense, same, samples, state, tree
 
 
@@ -81,6 +83,23 @@ def test_two_processes_train_as_one_with_the_same_global_batch(trained: Path, ki
         for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "leaf_shares"):
             assert first[key] == second[key]
             assert first[key] == pytest.approx(getattr(record, key), rel=1e-4), key
+
+
+@pytest.mark.slow
+def test_a_script_under_torchrun(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(WORKERS), str(tmp_path)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    weights = [load_file(tmp_path / f"{rank}-of-2.safetensors") for rank in range(2)]
+    assert same(*weights)
+    alone = tree(norm=False)
+    with distributed.process_group() as device:
+        batches = DataLoader(TensorDataset(*samples()), batch_size=16)
+        finetune(alone, batches, epochs=2, recipe=QUICK, device=device, progress=False)
+    for name, value in state(alone).items():
+        torch.testing.assert_close(weights[0][name], value.cpu(), rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow

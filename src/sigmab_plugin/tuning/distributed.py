@@ -6,6 +6,9 @@ GPU and back, so a CPU tensor is answered with a CPU tensor.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +21,27 @@ T = TypeVar("T")
 def is_distributed() -> bool:
     """Whether a process group is up in this process."""
     return dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the job that ``torchrun`` started, for a ``with`` block; yields the device of this process.
+
+    NCCL and one GPU per process where there are GPUs, gloo on the CPU otherwise. Without torchrun, or where
+    a group is up already, nothing is started.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if is_distributed() or "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield device
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def world_size() -> int:
