@@ -30,6 +30,7 @@ from torch import nn
 from nncf import NNCFConfig
 
 from ..config import SigmaBConfig
+from ..counting import parameter_count
 from ..errors import ConfigError, FormatError
 from ..techniques.base import Technique
 from ..tree.net import SigmaBNet
@@ -61,7 +62,8 @@ class TechniqueBuilder(PTCompressionAlgorithmBuilder):
         section = {key: value for key, value in self._algo_config.items() if key in self._own_keys()}
         self.section = self.technique.config.from_dict(section)
         self._state: dict[str, Any] = {}
-        self._dense_parameters = 0
+        self._before = 0
+        self._after: Any = None
 
     def _own_keys(self) -> set[str]:
         return set(self.technique.config.json_schema()["properties"])
@@ -71,13 +73,15 @@ class TechniqueBuilder(PTCompressionAlgorithmBuilder):
         interface = model.nncf
         context = context_of(self.config, model)
         dense = unwrap(model)
-        self._dense_parameters = sum(p.numel() for p in dense.parameters())
+        self._before = parameter_count(dense)
         if self.should_init:
             module = self.technique.apply(dense, self.section, context)
         else:
             module = self._restore(dense, context)
         self._state = self._state_of(dense, module)
+        self._after = parameter_count(module)
         if isinstance(module, SigmaBNet):
+            self._after = module.parameter_counts()
             adopt(module, dense)
         module.train(dense.training)
         return rewrap(module, interface)
@@ -110,7 +114,7 @@ class TechniqueBuilder(PTCompressionAlgorithmBuilder):
 
     def _build_controller(self, model: NNCFNetwork) -> TechniqueController:
         kind = TreeController if isinstance(model, SigmaBNet) else TechniqueController
-        return kind(model, self.section, self._dense_parameters)
+        return kind(model, self.section, self._before, self._after)
 
     def get_transformation_layout(self, model: NNCFNetwork) -> PTTransformationLayout:
         raise NotImplementedError("a technique replaces the network (apply_to); it has no layout of insertions")
@@ -184,6 +188,7 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
         with torch.no_grad():
             controller.prepare_for_export()
             model = controller.strip_model(model)
+        _restore_buffers(model)
         self._finished[child.name] = controller.statistics().to_str()
         _log.info("%s: carried out on the network before the restructuring, up to its target %s", child.name, target)
         return rewrap(unwrap(model), interface)
@@ -191,7 +196,8 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
     def _build_controller(self, model: NNCFNetwork) -> Any:
         if self._split == 0:
             return super()._build_controller(model)
-        composite = OrderedCompositeController(model)
+        standard = all(entry.values.get("export_to_onnx_standard_ops", True) for entry in sections(self._config))
+        composite = OrderedCompositeController(model, standard_operators=standard)
         for child in self.child_builders:
             if child.name in self._finished:
                 controller = FinishedController(model, self._finished[child.name])
@@ -210,6 +216,15 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
     def load_state(self, state: dict[str, dict[str, Any]]) -> None:
         self._finished = {name: entry["finished"] for name, entry in state.items() if "finished" in (entry or {})}
         super().load_state({name: entry for name, entry in state.items() if name not in self._finished})
+
+
+def _restore_buffers(model: nn.Module) -> None:
+    """NNCF's pruner leaves running statistics behind as parameters; make them buffers again."""
+    for module in model.modules():
+        for name in ("running_mean", "running_var"):
+            if module._parameters.get(name) is not None:
+                value = module._parameters.pop(name)
+                module.register_buffer(name, value.detach())
 
 
 def _config_for_new_network(config: NNCFConfig, algorithms: Sequence[str]) -> NNCFConfig:

@@ -16,10 +16,13 @@ from nncf.torch.algo_selector import ZeroCompressionLoss
 from nncf.torch.composite_compression import PTCompositeCompressionAlgorithmController
 from nncf.torch.compression_method_api import PTCompressionAlgorithmController, PTCompressionLoss
 from nncf.torch.nncf_network import NNCFNetwork
+from nncf.torch.quantization.algo import QuantizationController
+from nncf.torch.quantization.layers import QuantizerExportMode
 from torch import Tensor
 
 from ..config import SigmaBConfig, TechniqueConfig
 from ..errors import TrainingError
+from ..tree.net import ParameterCounts
 from ..tuning.losses import responsibilities, responsibility_loss
 
 
@@ -57,10 +60,9 @@ class TextStatistics(Statistics):
 
 
 class TreeStatistics(Statistics):
-    """Parameters of a SigmaB net, counted, as a table. All values are parameters unless they say bytes."""
+    """Parameters of a SigmaB net (without what other algorithms add, such as quantizers' scales), as a table."""
 
-    def __init__(self, net: Any, dense_parameters: int) -> None:
-        counts = net.parameter_counts()
+    def __init__(self, counts: ParameterCounts, dense_parameters: int) -> None:
         self.dense = dense_parameters
         self.stored = counts.total
         self.active = counts.active
@@ -144,12 +146,16 @@ class TreeLoss(PTCompressionLoss):
 
 
 class TechniqueController(PTCompressionAlgorithmController):
-    """Controller of a technique without a loss of its own."""
+    """Controller of a technique without a loss of its own.
 
-    def __init__(self, target_model: NNCFNetwork, config: TechniqueConfig, dense_parameters: int) -> None:
+    ``before`` and ``after`` are parameters of the network, counted when the technique was applied.
+    """
+
+    def __init__(self, target_model: NNCFNetwork, config: TechniqueConfig, before: int, after: Any) -> None:
         super().__init__(target_model)
         self.config = config
-        self.dense_parameters = dense_parameters
+        self.before = before
+        self.after = after
         self._loss: PTCompressionLoss = ZeroCompressionLoss(next(target_model.parameters()).device)
         self._scheduler = BaseCompressionScheduler()
 
@@ -170,24 +176,23 @@ class TechniqueController(PTCompressionAlgorithmController):
         return result
 
     def _table(self) -> Statistics:
-        after = sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith("_nncf."))
-        return ParameterStatistics(self.config.algorithm, self.dense_parameters, after)
+        return ParameterStatistics(self.config.algorithm, self.before, self.after)
 
 
 class TreeController(TechniqueController):
     """Controller of ``sigmab``."""
 
-    def __init__(self, target_model: NNCFNetwork, config: SigmaBConfig, dense_parameters: int) -> None:
-        super().__init__(target_model, config, dense_parameters)
+    def __init__(self, target_model: NNCFNetwork, config: SigmaBConfig, before: int, after: ParameterCounts) -> None:
+        super().__init__(target_model, config, before, after)
         self._loss = TreeLoss(target_model, config)
 
     def _table(self) -> Statistics:
-        return TreeStatistics(self.model, self.dense_parameters)
+        return TreeStatistics(self.after, self.before)
 
     @property
     def compression_rate(self) -> float:
         """Share of the dense network's parameters that one input does not touch."""
-        return 1.0 - self.model.parameter_counts().active / self.dense_parameters if self.dense_parameters else 0.0
+        return 1.0 - float(self.after.active) / self.before
 
     def export_model(self, *args: Any, **kwargs: Any) -> None:
         """As NNCF's; the file answers as hard routing does, with every leaf in one static graph."""
@@ -222,7 +227,11 @@ class FinishedController(PTCompressionAlgorithmController):
 
 
 class OrderedCompositeController(PTCompositeCompressionAlgorithmController):
-    """NNCF's composite, with statistics open to our names, targets passed on, and an export that shows every leaf."""
+    """NNCF's composite, with statistics open to our names and an export that shows every leaf."""
+
+    def __init__(self, target_model: NNCFNetwork, *, standard_operators: bool = True) -> None:
+        super().__init__(target_model)
+        self.standard_operators = standard_operators
 
     def statistics(self, quickly_collected_only: bool = False) -> NNCFStatistics:
         result = TechniqueStatistics()
@@ -232,6 +241,16 @@ class OrderedCompositeController(PTCompositeCompressionAlgorithmController):
         return result
 
     def export_model(self, *args: Any, **kwargs: Any) -> None:
+        """As NNCF's, with two differences.
+
+        The file answers as hard routing does, with every leaf in one static graph. Quantizers become standard
+        QuantizeLinear / DequantizeLinear pairs, which ONNX Runtime and OpenVINO both read, unless the section says
+        ``"export_to_onnx_standard_ops": false`` (NNCF's own FakeQuantize, which OpenVINO alone reads).
+        """
+        for controller in self.child_ctrls:
+            if isinstance(controller, QuantizationController) and self.standard_operators:
+                for quantizer in controller.all_quantizations.values():
+                    quantizer.set_export_mode(QuantizerExportMode.ONNX_QUANTIZE_DEQUANTIZE_PAIRS)
         with selected_forward(self.model):
             super().export_model(*args, **kwargs)
 
