@@ -23,6 +23,7 @@ COMMANDS = (
     "compress",
     "finetune",
     "evaluate",
+    "compare",
     "inspect",
 )
 

@@ -68,6 +68,8 @@ def run_stages(
     for epochs, rate in zip(config.epochs, config.learning_rates, strict=True):
         optimizer = torch.optim.Adam(parameters, lr=rate)
         for _ in range(epochs):
+            if hasattr(data, "set_epoch"):
+                data.set_epoch(len(losses))  # loaders whose order is a function of (seed, epoch)
             training_mode()
             losses.append(_one_epoch(data, optimizer, loss, device))
             logger.debug("depth pruning: epoch %d, loss %.4f", len(losses), losses[-1])
