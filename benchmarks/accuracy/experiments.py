@@ -1,4 +1,4 @@
-"""The two experiments: what the data, the dense network and one example input are."""
+"""The experiments: what the data, the dense network and one example input are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from sigmab_plugin.data import (
     ArrayDataset,
     Dataset,
     Loader,
+    Subset,
     cifar_augment,
+    digits,
     make_loader,
     open_dataset,
     point_cloud_augment,
@@ -39,7 +41,7 @@ class Experiment:
     build: Any
     augment: Any
     select: Any
-    recipe: dict[str, Any]
+    memory_format: torch.memory_format = torch.contiguous_format
 
     def train_loader(self, *, batch_size: int, seed: int) -> Loader:
         """Augmented, in an order that every arm of one seed shares."""
@@ -58,13 +60,12 @@ class Experiment:
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model: nn.Module = self.build()
-        return model
+        return model.to(memory_format=self.memory_format)  # type: ignore[call-overload,no-any-return]
 
 
 def open_experiment(recipe: dict[str, Any], data: Sequence[str], cache: Path) -> Experiment:
     """The experiment that a recipe names, on the files given."""
-    opener = {"modelnet40": _modelnet40, "cifar100": _cifar100}[recipe["experiment"]]
-    return opener(recipe, list(data), cache)
+    return OPENERS[recipe["experiment"]](recipe, list(data), cache)
 
 
 # --- ModelNet40 -------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def _modelnet40(recipe: dict[str, Any], data: list[str], cache: Path) -> Experim
     augment = functools.partial(_augment_cloud, points=points, options=settings["augment"])
     select = functools.partial(_first, points=points)
     build = functools.partial(PointNet2, len(whole.classes), sampling="prefix", **model)
-    return Experiment("modelnet40", train, val, test, build, augment, select, recipe)
+    return Experiment("modelnet40", train, val, test, build, augment, select)
 
 
 def _pair(data: list[str]) -> tuple[str, str]:
@@ -154,8 +155,75 @@ def _cifar100(recipe: dict[str, Any], data: list[str], cache: Path) -> Experimen
     settings = recipe["data"]
     train, val = split_validation(whole, fraction=settings["validation"], seed=settings["validation_seed"])
     build = functools.partial(cifar_resnet50, len(whole.classes), **recipe["model"])
-    return Experiment("cifar100", train, val, test, build, _augment_image, None, recipe)
+    return Experiment(
+        "cifar100", train, val, test, build, _augment_image, _channels_last, torch.channels_last
+    )
 
 
 def _augment_image(images: Tensor, generator: torch.Generator) -> Tensor:
-    return cifar_augment(images, generator)
+    return _channels_last(cifar_augment(images, generator), generator)
+
+
+def _channels_last(images: Tensor, generator: torch.Generator) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+# --- small images: scikit-learn's digits, keyword spotting ------------------------------------------------
+
+
+def _digits(recipe: dict[str, Any], data: list[str], cache: Path) -> Experiment:
+    """Bundled with scikit-learn, so no data are given."""
+    parts = [digits(split) for split in ("train", "val", "test")]
+    return Experiment("digits", *parts, *_small_resnet(recipe, parts[0]))
+
+
+def _keywords(recipe: dict[str, Any], data: list[str], cache: Path) -> Experiment:
+    """Twelve words of Speech Commands as MFCC features; speakers are disjoint between the parts."""
+    if len(data) != 1:
+        raise SystemExit("keywords needs --data FILE.npz with test_x, test_y and test_speaker")
+    file = Path(data[0])
+    source = open_dataset(file / "kws_sc2_mfcc_int8.npz" if file.is_dir() else file, split="test")
+    assert isinstance(source, ArrayDataset)
+    with np.load(file / "kws_sc2_mfcc_int8.npz" if file.is_dir() else file) as archive:
+        speakers = archive["test_speaker"]
+    settings = recipe["data"]
+    unique = np.random.default_rng(settings["split_seed"]).permutation(np.unique(speakers))
+    cuts = np.cumsum([round(share * len(unique)) for share in settings["speakers"]])[:2]
+    groups = [np.isin(speakers, part) for part in np.split(unique, cuts)]
+    values = np.asarray(source.values, dtype=np.float32)[:, None]
+    mean, deviation = float(values[groups[0]].mean()), float(values[groups[0]].std())
+    whole = ArrayDataset(values, source.labels, source.classes, "image", offset=-mean, scale=1 / deviation)
+    parts = [Subset(whole, np.flatnonzero(group)) for group in groups]
+    return Experiment("keywords", *parts, *_small_resnet(recipe, parts[0]))
+
+
+def _small_resnet(recipe: dict[str, Any], train: Dataset) -> tuple[Any, Any, None]:
+    """Constructor, augmentation (random shifts), and no selection, for images of one channel."""
+    from sigmab_plugin.models import Bottleneck, ResNet
+
+    model = dict(recipe["model"])
+    build = functools.partial(
+        ResNet,
+        Bottleneck,
+        model.pop("layers"),
+        num_classes=len(train.classes),
+        stem="cifar",
+        in_channels=1,
+        **model,
+    )
+    return build, functools.partial(_shift, padding=tuple(recipe["data"]["shift"])), None
+
+
+def _shift(images: Tensor, generator: torch.Generator, *, padding: tuple[int, int]) -> Tensor:
+    """Each image moved by up to ``padding`` rows and columns; zeros come in."""
+    count, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, [padding[1], padding[1], padding[0], padding[0]])
+    top = torch.randint(2 * padding[0] + 1, (count,), generator=generator)
+    left = torch.randint(2 * padding[1] + 1, (count,), generator=generator)
+    rows = (top[:, None] + torch.arange(height))[:, :, None]
+    columns = (left[:, None] + torch.arange(width))[:, None, :]
+    moved = padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows, columns]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
+OPENERS = {"modelnet40": _modelnet40, "cifar100": _cifar100, "digits": _digits, "keywords": _keywords}

@@ -1,0 +1,185 @@
+"""What is compared: networks made from one dense network, at equal active parameters."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+from torch.nn import functional as F
+
+from sigmab_plugin import SigmaBConfig, SigmaBPruner, static_twin
+from sigmab_plugin.counting import parameter_count
+from sigmab_plugin.data import Loader, Subset, make_loader
+
+from .experiments import Experiment
+
+
+def tree_config(recipe: dict[str, Any], arm: dict[str, Any], seed: int) -> SigmaBConfig:
+    """The tree of the recipe, with the arm's changes."""
+    settings = dict(recipe["tree"])
+    preset = settings.pop("preset")
+    return SigmaBConfig.preset(preset, **{**settings, "seed": seed, **arm.get("config", {})})
+
+
+def calibration(experiment: Experiment, recipe: dict[str, Any], seed: int, device: str = "cpu") -> Loader:
+    """Training samples as they are, not augmented; the same for every arm of a seed."""
+    settings = recipe["calibration"]
+    order = torch.randperm(len(experiment.train), generator=torch.Generator().manual_seed(seed))
+    part = Subset(experiment.train, order[: settings["samples"]].numpy())
+    select = functools.partial(_selected, select=experiment.select, device=device)
+    return make_loader(part, batch_size=settings["batch_size"], augment=select)
+
+
+def _selected(inputs: Any, generator: torch.Generator, *, select: Any, device: str) -> Any:
+    return to_device(inputs if select is None else select(inputs, generator), device)
+
+
+def to_device(inputs: Any, device: str) -> Any:
+    """A tensor or a tuple of tensors on the device."""
+    return tuple(part.to(device) for part in inputs) if isinstance(inputs, tuple) else inputs.to(device)
+
+
+def build_arm(
+    experiment: Experiment,
+    recipe: dict[str, Any],
+    arm: dict[str, Any],
+    dense: nn.Module,
+    *,
+    seed: int,
+    device: str = "cpu",
+) -> nn.Module:
+    """The arm's network before fine-tuning; ``dense`` is left as it is."""
+    config = tree_config(recipe, arm, seed)
+    dense = dense.to(device)
+    example = to_device(experiment.example(2), device)
+    data = calibration(experiment, recipe, seed, device)
+    if arm["kind"] == "tree":
+        net: nn.Module = SigmaBPruner(dense, example, calibration_data=data, config=config).step()
+    elif arm["kind"] == "twin":
+        net = static_twin(dense, example, config=config, calibration_data=data)
+    elif arm["kind"] == "wide_twin":
+        target = active_parameters(dense, example, config, data)
+        net = wide_twin(dense, example, config, target=target, data=data)
+    elif arm["kind"] == "torch_pruning":
+        target = active_parameters(dense, example, config, data)
+        net = pruned(dense, example, arm["importance"], target=target, data=data)
+    else:
+        raise ValueError(f"unknown kind of arm: {arm['kind']!r}")
+    return net.to(memory_format=experiment.memory_format)  # type: ignore[call-overload,no-any-return]
+
+
+def active_parameters(dense: nn.Module, example: Any, config: SigmaBConfig, data: Loader) -> int:
+    """Parameters on the tree's largest path. Widths do not depend on the data, so one batch is enough."""
+    few = make_loader(data.dataset, batch_size=data.batch_size, augment=data.augment)
+    batch = [next(iter(few))]
+    net = SigmaBPruner(
+        dense, example, calibration_data=batch, config=config.replace(kmeans_restarts=1)
+    ).step()
+    return int(net.parameter_counts().active)
+
+
+def wide_twin(
+    dense: nn.Module, example: Any, config: SigmaBConfig, *, target: int, data: Loader
+) -> nn.Module:
+    """A static twin that spends what the tree spends on routers on its own width instead.
+
+    The twin of the same shape has no routers, so it is smaller than the tree's path. Here all widths of
+    the tail are multiplied by the factor at which parameter counts agree best.
+    """
+    batch = [next(iter(data))]
+
+    def twin(factor: float, calibration_data: Any) -> nn.Module:
+        if config.widths:
+            changed = config.replace(widths=_scaled(config.widths, factor))
+        else:
+            changed = config.replace(active_ratio=min(1.0, factor * target / parameter_count(dense)))
+        return static_twin(dense, example, config=changed, calibration_data=calibration_data)
+
+    factor = _solve(lambda f: parameter_count(twin(f, batch)), target, low=0.8, high=1.6, rising=True)
+    return twin(factor, data)
+
+
+def _scaled(widths: Any, factor: float) -> Any:
+    if isinstance(widths, dict):
+        return {key: _scaled(value, factor) for key, value in widths.items()}
+    return round(widths * factor)
+
+
+def pruned(dense: nn.Module, example: Any, importance: str, *, target: int, data: Loader) -> nn.Module:
+    """Torch-Pruning at the uniform ratio whose parameter count is nearest to ``target``."""
+
+    def count(ratio: float) -> int:
+        return parameter_count(_prune(dense, example, "magnitude", ratio=ratio, data=data))
+
+    ratio = _solve(count, target, low=0.0, high=0.95, rising=False)  # the count depends on the ratio alone
+    return _prune(dense, example, importance, ratio=ratio, data=data)
+
+
+def _solve(count: Callable[[float], int], target: int, *, low: float, high: float, rising: bool) -> float:
+    """Bisection for the argument whose count is nearest to ``target``; counts are step functions."""
+    best, gap = low, abs(count(low) - target)
+    for _ in range(12):
+        middle = (low + high) / 2
+        found = count(middle)
+        if abs(found - target) < gap:
+            best, gap = middle, abs(found - target)
+        low, high = (middle, high) if (found < target) == rising else (low, middle)
+    return best
+
+
+def _prune(dense: nn.Module, example: Any, importance: str, *, ratio: float, data: Loader) -> nn.Module:
+    model = copy.deepcopy(dense)
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    makers: dict[str, Callable[[], Any]] = {
+        "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        "taylor": tp.importance.GroupTaylorImportance,
+    }
+    swapped = _pyg_linears_as_torch(model)
+    pruner = tp.pruner.BasePruner(
+        model, example, importance=makers[importance](), pruning_ratio=ratio, ignored_layers=[head]
+    )
+    if importance == "taylor":
+        _backward(model, data)
+    pruner.step()
+    model.zero_grad(set_to_none=True)
+    for module, kind in swapped:
+        module.__class__ = kind
+    return model
+
+
+def _pyg_linears_as_torch(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """Let Torch-Pruning see torch-geometric's Linear, which is no ``nn.Linear``; without it nothing is pruned."""
+    swapped = []
+    for module in model.modules():
+        kind = type(module)
+        if kind.__module__ == "torch_geometric.nn.dense.linear" and kind.__name__ == "Linear":
+            module.__class__ = type("PrunableLinear", (kind, nn.Linear), {**_alias("in"), **_alias("out")})
+            swapped.append((module, kind))
+    return swapped
+
+
+def _alias(side: str) -> dict[str, property]:
+    """``nn.Linear``'s name for what torch-geometric calls channels."""
+
+    def get(module: Any) -> int:
+        return int(getattr(module, f"{side}_channels"))
+
+    def put(module: Any, value: int) -> None:
+        setattr(module, f"{side}_channels", value)
+
+    return {f"{side}_features": property(get, put)}
+
+
+def _backward(model: nn.Module, data: Loader, *, batches: int = 8) -> None:
+    """Gradients of the loss over a few batches, for Taylor importance."""
+    model.eval()
+    for number, (inputs, labels) in enumerate(data):
+        if number == batches:
+            break
+        logits = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        F.cross_entropy(logits, labels.to(logits.device)).backward()

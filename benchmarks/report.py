@@ -1,0 +1,199 @@
+"""Tables from the result files of ``benchmarks/run.py``; nothing is typed in by hand.
+
+    python benchmarks/report.py                    # print all tables
+    python benchmarks/report.py --write README.md  # put them between the markers
+    python benchmarks/report.py --check README.md  # fail if a table there differs from the results
+
+Markers: ``<!-- results: NAME -->`` … ``<!-- end results -->``, NAME being a folder of ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FORMAT = 1
+Result = dict[str, Any]
+
+TITLES = {
+    "dense": "dense",
+    "sigmab": "SigmaB, the paper's loss",
+    "twin": "static twin",
+    "sigmab-teacher": "SigmaB + teacher",
+    "twin-teacher": "static twin + teacher",
+    "twin-equal-teacher": "static twin widened to SigmaB's active parameters + teacher",
+    "pruned-magnitude-teacher": "Torch-Pruning, group magnitude + teacher",
+    "pruned-taylor-teacher": "Torch-Pruning, group Taylor + teacher",
+    "random-partition": "SigmaB, the paper's loss, random partition",
+    "lambda-0": "SigmaB, the paper's loss, λ = 0",
+}
+COLUMNS = (
+    "network",
+    "runs",
+    "accuracy %",
+    "mean class %",
+    "active parameters",
+    "stored parameters",
+    "MACs",
+    "bytes read",
+    "balance",
+)
+_BLOCK = re.compile(r"(<!-- results: (?P<name>[\w.-]+) -->\n)(?P<body>.*?)(<!-- end results -->)", re.DOTALL)
+
+
+def read_results(folder: Path) -> dict[str, list[Result]]:
+    """Result files of one experiment, by arm, in the order of the recipe."""
+    found: dict[str, list[Result]] = {}
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text())
+        if record.get("format") != FORMAT:
+            raise SystemExit(f"{file}: format {record.get('format')!r}; this report reads {FORMAT}")
+        found.setdefault(record["arm"], []).append(record)
+    if not found:
+        raise SystemExit(f"{folder}: no results; run benchmarks/run.py first")
+    order = ["dense", *next(iter(found.values()))[0]["recipe"]["arms"]]
+    return {
+        arm: found[arm] for arm in sorted(found, key=lambda a: order.index(a) if a in order else len(order))
+    }
+
+
+def table(folder: Path) -> str:
+    """Markdown: one row per arm, and how the figures were made."""
+    results = read_results(folder)
+    dense = results.get("dense", [None])[0]
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
+    ]
+    for arm, runs in results.items():
+        counts = runs[0]["counts"]
+        saved = "" if dense is None or arm == "dense" else _saving(counts, dense["counts"])
+        cells = [
+            TITLES.get(arm, arm),
+            str(len(runs)),
+            spread([r["test"]["accuracy"] for r in runs]),
+            spread([r["test"]["mean_class_accuracy"] for r in runs]),
+            f"{counts['active_parameters']:,}{saved}".replace(",", " "),
+            f"{counts['stored_parameters']:,}".replace(",", " "),
+            f"{counts['active_macs'] / 1e6:.1f} M",
+            f"{counts['active_bytes'] / 1e6:.2f} MB",
+            spread([r["test"]["balance"] for r in runs], digits=2) if "balance" in runs[0]["test"] else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *_differences(results), "", _provenance(results)]) + "\n"
+
+
+def spread(values: Sequence[float], *, digits: int = 2) -> str:
+    """Mean, and the standard deviation where there are several values."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _saving(counts: dict[str, int], dense: dict[str, int]) -> str:
+    return f" (−{100 * (1 - counts['active_parameters'] / dense['active_parameters']):.1f} %)"
+
+
+def _differences(results: dict[str, list[Result]]) -> list[str]:
+    """SigmaB minus its control, run by run: both saw the same batches from the same dense network."""
+    lines = []
+    pairs = (
+        ("sigmab", "twin"),
+        ("sigmab-teacher", "twin-teacher"),
+        ("sigmab-teacher", "twin-equal-teacher"),
+        ("sigmab-teacher", "pruned-magnitude-teacher"),
+        ("sigmab", "random-partition"),
+        ("sigmab", "lambda-0"),
+    )
+    for tree, control in pairs:
+        if tree not in results or control not in results:
+            continue
+        by_seed = {r["seed"]: r["test"]["accuracy"] for r in results[control]}
+        gaps = [r["test"]["accuracy"] - by_seed[r["seed"]] for r in results[tree] if r["seed"] in by_seed]
+        if gaps:
+            shown = spread(gaps).replace("-", "−")
+            lines.append(
+                f"{TITLES[tree]} minus {TITLES[control]}, over {len(gaps)} paired run(s): {shown} points."
+            )
+    return ["  \n".join(lines)] if lines else []
+
+
+def _provenance(results: dict[str, list[Result]]) -> str:
+    runs = [r for group in results.values() for r in group]
+    first = runs[0]
+    minutes = ", ".join(
+        f"{TITLES.get(arm, arm)} {spread([r['train_seconds'] / 60 for r in group], digits=1)}"
+        for arm, group in results.items()
+    )
+    samples = {
+        f"{r['epochs']} epochs ({r['train_samples']:,} samples)".replace(",", " ")
+        for r in runs
+        if r["arm"] != "dense"
+    }
+    dense = [
+        f"{r['epochs']} epochs ({r['train_samples']:,} samples)".replace(",", " ")
+        for r in runs
+        if r["arm"] == "dense"
+    ]
+    seeds = sorted({r["seed"] for r in runs if r["arm"] != "dense"})
+    networks = sorted({r["dense_seed"] for r in runs})
+    versions = ", ".join(
+        f"{name} {first[name]}" for name in ("torch", "torch-pruning", "torch-geometric") if name in first
+    )
+    return (
+        f"{first['note']}. Dense: {', '.join(sorted(set(dense))) or 'not listed'}; "
+        f"every other row: {', '.join(sorted(samples)) or 'none'} from it. "
+        f"Dense networks: {len(networks)}; seeds: {', '.join(map(str, seeds))}; ± is one standard deviation over runs. "
+        f"Test part ({first['test']['samples']} samples) read once per run, last epoch's weights. "
+        f"Training minutes on a shared machine: {minutes}. "
+        f"{first['machine']}, {first['threads']} thread(s), {first['processor']}; {versions}."
+    )
+
+
+def fill(text: str, results: Path) -> str:
+    """``text`` with every marked block replaced by its table."""
+    return _BLOCK.sub(lambda m: f"{m[1]}{table(results / m['name'])}{m[4]}", text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print, write or check."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", default=str(RESULTS))
+    parser.add_argument("--check", help="file with markers; fails if it differs from the results")
+    parser.add_argument("--write", help="file with markers; its tables are replaced")
+    arguments = parser.parse_args(argv)
+    results = Path(arguments.results)
+    if arguments.check or arguments.write:
+        file = Path(arguments.write or arguments.check)
+        text = file.read_text()
+        if not _BLOCK.search(text):
+            raise SystemExit(f"{file}: no '<!-- results: NAME -->' block; add one where the table belongs")
+        filled = fill(text, results)
+        if arguments.write:
+            file.write_text(filled)
+            return 0
+        if filled == text:
+            return 0
+        sys.stdout.writelines(
+            difflib.unified_diff(text.splitlines(True), filled.splitlines(True), str(file), "results")
+        )
+        print(
+            f"{file}: figures differ from {results}; run benchmarks/report.py --write {file}", file=sys.stderr
+        )
+        return 1
+    for folder in sorted(p for p in results.iterdir() if p.is_dir()):
+        print(f"## {folder.name}\n\n{table(folder)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
