@@ -120,7 +120,9 @@ def test_an_unknown_command_is_refused(sigmab: Command) -> None:
         (["--model", "cifar_resnet18", "--levels"], "expected at least one argument"),
     ],
 )
-def test_bad_models_are_named(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_models_are_named(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["compress", "--data", "digits", "--head", "fc", "--out", str(tmp_path / "out")]
     words += [] if "--levels" in options else ["--levels", "layer3"]
     try:

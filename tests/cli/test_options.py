@@ -56,7 +56,9 @@ def test_weights_that_do_not_fit_name_tensors(tmp_path: Path) -> None:
     state["0.weight"] = torch.zeros(5, 3)
     state["extra"] = state.pop("0.bias")
     save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ModelError, match=r"1 missing: 0\.bias; 1 unexpected: extra; 1 of another shape: 0\.weight"):
+    with pytest.raises(
+        ModelError, match=r"1 missing: 0\.bias; 1 unexpected: extra; 1 of another shape: 0\.weight"
+    ):
         load_weights(net(), tmp_path / "w.safetensors")
 
 
@@ -68,7 +70,9 @@ def test_damaged_files_are_refused(suffix: str, tmp_path: Path) -> None:
         load_weights(net(), path)
 
 
-def test_a_users_module_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_module_is_found_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "my_net_for_sigmab.py").write_text(
         "from torch import nn\ndef make(width):\n    return nn.Linear(width, 1)\n"
     )

@@ -38,7 +38,19 @@ def dense(tmp_path: Path) -> Path:
 @pytest.fixture
 def tree(tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     out = tmp_path / "tree"
-    run(capsys, "compress", *MODEL, *TREE, "--weights", str(dense), "--data", "digits", "--out", str(out), "--twin")
+    run(
+        capsys,
+        "compress",
+        *MODEL,
+        *TREE,
+        "--weights",
+        str(dense),
+        "--data",
+        "digits",
+        "--out",
+        str(out),
+        "--twin",
+    )
     return out
 
 
@@ -58,7 +70,14 @@ def test_inspect_counts_what_the_net_counts(tree: Path, capsys: pytest.CaptureFi
     assert {leaf: size["parameters"] for leaf, size in record["paths"].items()} == counts.per_path
     assert main(["inspect", str(tree)]) == 0
     text = capsys.readouterr().out
-    for part in ("backbone", "specializer 0/1", "router 1", "head 1/1", f"{counts.total:,}", "shared_ratio 0.5"):
+    for part in (
+        "backbone",
+        "specializer 0/1",
+        "router 1",
+        "head 1/1",
+        f"{counts.total:,}",
+        "shared_ratio 0.5",
+    ):
         assert part in text
 
 
@@ -78,7 +97,18 @@ def test_finetune_then_evaluate(tree: Path, tmp_path: Path, capsys: pytest.Captu
     tuned = tmp_path / "tuned"
     recipe = tmp_path / "recipe.json"
     recipe.write_text('{"lr": 0.05, "warmup_epochs": 0.0, "label_smoothing": 0.0}')
-    words = ["finetune", str(tree), "--data", "digits", "--epochs", "2", "--recipe", str(recipe), "--out", str(tuned)]
+    words = [
+        "finetune",
+        str(tree),
+        "--data",
+        "digits",
+        "--epochs",
+        "2",
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(tuned),
+    ]
     run(capsys, *words)
     log = json.loads((tuned / "log.json").read_text())
     assert [record["epoch"] for record in log["records"]] == [1, 2]
@@ -98,7 +128,9 @@ def test_finetune_then_evaluate(tree: Path, tmp_path: Path, capsys: pytest.Captu
     assert again["networks"] == result["networks"]
 
 
-def test_evaluate_without_dense_weights_leaves_out_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_without_dense_weights_leaves_out_its_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "tree"
     run(capsys, "compress", *MODEL, *TREE, "--data", "digits", "--samples", "200", "--out", str(out))
     result = run(capsys, "evaluate", str(out), "--data", "digits")

@@ -38,9 +38,16 @@ def report() -> ReportData:
         facts={"Model": "ResNet <small>"},
         rows=ROWS,
         tree=tree(),
-        leaves=LeafStatistics(LEAVES, ("cat", "dog & <wolf>", "never"), ((8, 2, 0, 0), (0, 1, 6, 3), (0, 0, 0, 0))),
+        leaves=LeafStatistics(
+            LEAVES, ("cat", "dog & <wolf>", "never"), ((8, 2, 0, 0), (0, 1, 6, 3), (0, 0, 0, 0))
+        ),
         channels=(
-            ChannelPanel("", "layer3.1.conv2", ((0.1, 0.9, 0.5, 0.0), (0.9, 0.1, 0.6, 0.0)), ("1", "0", "shared", "dropped")),
+            ChannelPanel(
+                "",
+                "layer3.1.conv2",
+                ((0.1, 0.9, 0.5, 0.0), (0.9, 0.1, 0.6, 0.0)),
+                ("1", "0", "shared", "dropped"),
+            ),
         ),
         curves=(
             Curve("dense", "dense", (1, 2), {"val_accuracy": [0.8, 0.9], "train_loss": [1.0, 0.5]}),

@@ -49,7 +49,11 @@ def test_every_channel_has_one_role() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.55, 0.98, [0.6, 0.7, 0.8, 0.9]), (-1.0, 1.0, [-1.0, -0.5, 0.0, 0.5, 1.0])],
+    [
+        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.55, 0.98, [0.6, 0.7, 0.8, 0.9]),
+        (-1.0, 1.0, [-1.0, -0.5, 0.0, 0.5, 1.0]),
+    ],
 )
 def test_ticks_are_round_and_inside(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)

@@ -119,7 +119,7 @@ def test_tree_names_all_nodes_and_shares(compact: bool) -> None:
     assert {"40.0 %", "30.0 %", "20.0 %", "10.0 %", "70.0 %"} <= set(texts)
     width, height = float(root.attrib["width"]), float(root.attrib["height"])
     for element in root.iter("rect"):
-        assert 0 <= float(element.attrib["x"])
+        assert float(element.attrib["x"]) >= 0
         assert float(element.attrib["x"]) + float(element.attrib["width"]) <= width
         assert float(element.attrib["y"]) + float(element.attrib["height"]) <= height
 

@@ -13,7 +13,15 @@ from .sample import ROWS
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (7, "7"), (999, "999"), (1_000, "1.00 k"), (9_405_834, "9.41 M"), (99_960, "100 k"), (4_112_000_000, "4.11 G")],
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (1_000, "1.00 k"),
+        (9_405_834, "9.41 M"),
+        (99_960, "100 k"),
+        (4_112_000_000, "4.11 G"),
+    ],
 )
 def test_count_keeps_three_digits(value: int, text: str) -> None:
     assert fmt.count(value) == text
@@ -24,7 +32,9 @@ def test_absent_figures_are_a_dash_and_never_a_zero() -> None:
     assert fmt.percent(float("nan")) == fmt.ABSENT
 
 
-@pytest.mark.parametrize(("difference", "text"), [(0.0111, "+1.1 pp"), (-0.004, "−0.4 pp"), (0.0001, "±0.0 pp")])
+@pytest.mark.parametrize(
+    ("difference", "text"), [(0.0111, "+1.1 pp"), (-0.004, "−0.4 pp"), (0.0001, "±0.0 pp")]
+)
 def test_differences_carry_their_sign(difference: float, text: str) -> None:
     assert fmt.points(difference) == text
 
@@ -41,7 +51,11 @@ def test_text_table_lines_up() -> None:
     # Numbers are right-aligned: every line ends where the rule ends.
     assert {len(line) for line in lines} == {len(lines[1])}
     column = lines[0].index("of dense") + len("of dense")
-    assert [line[:column].split()[-2:] for line in lines[2:]] == [["100.0", "%"], ["39.7", "%"], ["36.9", "%"]]
+    assert [line[:column].split()[-2:] for line in lines[2:]] == [
+        ["100.0", "%"],
+        ["39.7", "%"],
+        ["36.9", "%"],
+    ]
 
 
 def test_wide_and_combining_characters_take_their_cells() -> None:

@@ -13,8 +13,9 @@ from .options import (
     add_run_options,
     load_model,
     open_data,
-    pick_device,
+    positive,
     read_sections,
+    working_device,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     group.add_argument(
         "--projection-dim", type=int, metavar="D", help="size of the routers' latents (default 128)"
     )
-    group.add_argument("--samples", type=int, metavar="N", help="read at most N samples (default: all)")
+    group.add_argument("--samples", type=positive, metavar="N", help="read at most N samples (default: all)")
     group.add_argument(
         "--twin", action="store_true", help="also build the static twin, the control beside the tree"
     )
@@ -59,13 +60,18 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    with working_device(args) as device:
+        restructure(args, device)
+
+
+def restructure(args: argparse.Namespace, device: Any) -> None:
     from ..hosts.torch_pruning import SigmaBPruner
     from ..tree import save, static_twin
+    from ..tuning.distributed import is_main
     from .folder import record_of, save_twin
     from .measure import Measured, collect, command_line, example_of, say, show
 
     config = read_config(args)
-    device = pick_device(args)
     model = load_model(args).to(device)
     data = open_data(args)
     example = example_of(data, device)
@@ -73,13 +79,14 @@ def run(args: argparse.Namespace) -> None:
     say(args, f"restructuring at {', '.join(config.levels)} over {batches.samples:,} samples")
     net = SigmaBPruner(model, example, calibration_data=batches, config=config).step()
     networks = [Measured("dense", "dense", model), Measured("SigmaB", "sigmab", net)]
-    save(net, args.out)
-    record_of(args).write(args.out)
-    twin_file = None
+    twin = None
     if args.twin:
         twin = static_twin(model, example, config=config, calibration_data=batches)
         networks.append(Measured("static twin", "twin", twin))
-        twin_file = save_twin(args.out, twin)
+    if not is_main():
+        return
+    save(net, args.out)
+    record_of(args).write(args.out)
     report = collect(
         networks,
         example=example,
@@ -88,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         facts={},
         origin={"command": " ".join(command_line(args))},
     )
-    show(args, report, network=args.out, twin=twin_file)
+    show(args, report, network=args.out, twin=None if twin is None else save_twin(args.out, twin))
 
 
 def read_config(args: argparse.Namespace) -> SigmaBConfig:
@@ -133,18 +140,21 @@ def read_config(args: argparse.Namespace) -> SigmaBConfig:
 
 
 class Calibration:
-    """Inputs of the data set in batches on the device, the first ``--samples`` of a seeded order."""
+    """Inputs of the data set in batches on the device: this process's part of ``--samples`` in a seeded order."""
 
     def __init__(self, data: Any, args: argparse.Namespace, device: Any) -> None:
         import numpy as np
 
+        from ..tuning.distributed import rank, world_size
+
         self.data, self.device, self.batch_size = data, device, args.batch_size
         order = np.random.default_rng(args.seed).permutation(len(data))
-        self.order = order if args.samples is None else order[: max(args.samples, 0)]
-        self.samples = len(self.order)
+        chosen = order if args.samples is None else order[: args.samples]
+        self.samples = len(chosen)
+        self.order = chosen[rank() :: world_size()]
 
     def __iter__(self) -> Any:
         from ..tuning.batches import to_device
 
-        for start in range(0, self.samples, self.batch_size):
+        for start in range(0, len(self.order), self.batch_size):
             yield to_device(self.data.batch(self.order[start : start + self.batch_size])[0], self.device)

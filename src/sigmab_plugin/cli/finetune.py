@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .options import add_data_options, add_model_options, add_run_options, open_data, pick_device, read_json
+from .options import (
+    add_data_options,
+    add_model_options,
+    add_run_options,
+    open_data,
+    positive,
+    read_json,
+    working_device,
+)
 
 if TYPE_CHECKING:
     from ..data import Dataset
@@ -20,7 +28,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="fine-tune a saved network",
         description="Fine-tunes a saved tree with soft routing (eq. 8 of arXiv 2606.09924) and saves it to --out. "
         "Started again with the same options it resumes after the last whole epoch. A static twin in the folder is "
-        "trained with the same steps.",
+        "trained with the same steps. Several processes: torchrun --nproc-per-node N -m sigmab_plugin finetune ...",
         epilog="example: sigmab finetune runs/tree --data cifar100.zip --recipe cifar100 --distill 1 --out runs/tuned",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="what compress wrote")
@@ -35,7 +43,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         metavar="NAME|FILE.json",
         help="imagenet (default), cifar100, modelnet40, or a JSON file of the recipe's fields",
     )
-    group.add_argument("--epochs", type=int, metavar="N", help="epochs (default: the recipe's)")
+    group.add_argument("--epochs", type=positive, metavar="N", help="epochs (default: the recipe's)")
     group.add_argument("--lr", type=float, metavar="X", help="peak learning rate (default: the recipe's)")
     group.add_argument(
         "--distill",
@@ -60,25 +68,36 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..data import make_loader
+    with working_device(args) as device:
+        train(args, device)
+
+
+def train(args: argparse.Namespace, device: Any) -> None:
+    from ..data import Subset, make_loader
     from ..report.provenance import provenance
     from ..tree import save
     from ..tuning import finetune
+    from ..tuning.distributed import is_main, rank, world_size
     from .folder import open_dense, open_net, open_twin, read_record, save_twin
     from .measure import Measured, collect, command_line, example_of, say, show, shows_progress
 
     recipe = read_recipe(args)
     record = read_record(args.folder, args)
-    device = pick_device(args)
     net = open_net(args.folder, record, device)
     dense = open_dense(record, device)
     if args.distill and dense is None:
         raise ConfigError("--distill needs the dense network's weights; give --weights")
-    train, validation = split_data(open_data(args), args)
-    example = example_of(train, device)
+    samples, validation = split_data(open_data(args), args)
+    example = example_of(samples, device)
     twin = None if args.no_twin else open_twin(args.folder, record, net, example, device)
-    batches = make_loader(train, batch_size=args.batch_size, shuffle=True, seed=args.seed, drop_last=True)
-    held_out = None if validation is None else make_loader(validation, batch_size=args.batch_size)
+    share = {"rank": rank(), "world_size": world_size()}
+    size = max(1, args.batch_size // world_size())
+    batches = make_loader(samples, batch_size=size, shuffle=True, seed=args.seed, drop_last=True, **share)
+    held_out = None
+    if validation is not None:
+        # Every sample on exactly one rank: a padded share would count some twice.
+        own = Subset(validation, range(rank(), len(validation), world_size()))
+        held_out = make_loader(own, batch_size=size)
     networks = [] if dense is None else [Measured("dense", "dense", dense)]
     for name, role, module, stem in (
         ("SigmaB", "sigmab", net, "log"),
@@ -86,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     ):
         if module is None:
             continue
-        say(args, f"{name}: {args.epochs or recipe.epochs} epochs over {len(train):,} samples")
+        say(args, f"{name}: {args.epochs or recipe.epochs} epochs over {len(samples):,} samples")
         checkpoints = args.out / "checkpoints" / role
         history = finetune(
             module,
@@ -103,23 +122,23 @@ def run(args: argparse.Namespace) -> None:
         )
         keep_epoch(args.keep, module, checkpoints, history.best_epoch)
         networks.append(Measured(name, role, module.eval(), history=history))
+    if not is_main():
+        return
     save(net, args.out)
     record.write(args.out)
     twin_file = None if twin is None else save_twin(args.out, twin)
+    for network in networks:
+        if network.history is not None and network.history.last.val_accuracy is not None:
+            accuracy = network.history.last.val_accuracy
+            say(args, f"{network.name}: validation accuracy {accuracy:.2%} after the last epoch")
     report = collect(
         networks,
         example=example,
-        classes=train.classes,
+        classes=samples.classes,
         title=record.model,
         facts={},
         origin=provenance(command_line(args)),
     )
-    for network in networks:
-        if network.history is not None and network.history.last.val_accuracy is not None:
-            say(
-                args,
-                f"{network.name}: validation accuracy {network.history.last.val_accuracy:.2%} after the last epoch",
-            )
     show(args, report, network=args.out, twin=twin_file)
 
 

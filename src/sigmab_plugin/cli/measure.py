@@ -127,7 +127,9 @@ def read_history(path: Path | None) -> History | None:
 
 def say(args: argparse.Namespace, text: str) -> None:
     """A step of the work, for people who wait: on stderr, so that stdout holds results alone."""
-    if not (args.quiet or args.json):
+    from ..tuning.distributed import is_main
+
+    if shows_progress(args) and is_main():
         print(text, file=sys.stderr, flush=True)
 
 

@@ -7,7 +7,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What every subcommand that computes has."""
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--seed", type=_natural, default=0, metavar="N", help="seed of all random choices (default 0)"
+        "--seed", type=natural, default=0, metavar="N", help="seed of all random choices (default 0)"
     )
     group.add_argument(
         "--device",
@@ -31,7 +32,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="cpu, cuda, cuda:1 …; auto (default) is cuda where there is one",
     )
-    group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
     add_output_options(parser, group)
 
 
@@ -75,9 +76,9 @@ def add_data_options(parser: argparse.ArgumentParser, *, required: bool, split: 
     )
     group.add_argument("--split", default=split, metavar="NAME", help=f"split of the data (default {split})")
     group.add_argument(
-        "--batch-size", type=_positive, default=64, metavar="N", help="samples per batch (default 64)"
+        "--batch-size", type=positive, default=64, metavar="N", help="samples per batch (default 64)"
     )
-    group.add_argument("--image-size", type=_positive, metavar="N", help="resize and crop images to N x N")
+    group.add_argument("--image-size", type=positive, metavar="N", help="resize and crop images to N x N")
 
 
 def load_model(args: argparse.Namespace) -> nn.Module:
@@ -210,8 +211,8 @@ def open_data(args: argparse.Namespace, *, split: str | None = None) -> Dataset:
     return data.open_dataset(args.data, split=wanted, image_size=args.image_size)
 
 
-def pick_device(args: argparse.Namespace) -> Any:
-    """Torch device of ``--device``; also sets ``--threads`` and the seed.
+def pick_device(args: argparse.Namespace, given: Any = None) -> Any:
+    """Torch device ``given``, else that of ``--device``; also sets ``--threads`` and the seed.
 
     Raises:
         ConfigError: no such device here.
@@ -221,6 +222,8 @@ def pick_device(args: argparse.Namespace) -> Any:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    if given is not None:
+        return given
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -232,6 +235,15 @@ def pick_device(args: argparse.Namespace) -> Any:
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try cpu"
         ) from error
     return device
+
+
+@contextmanager
+def working_device(args: argparse.Namespace) -> Iterator[Any]:
+    """Device of this process: its own under ``torchrun``, otherwise :func:`pick_device`'s."""
+    from ..tuning.distributed import is_distributed, process_group
+
+    with process_group() as own:
+        yield pick_device(args, own) if is_distributed() else pick_device(args)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -272,14 +284,14 @@ def read_sections(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], A
     return [dict(section) for section in sections], content.get("input_info")
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative: {value}")
     return value
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1: {value}")

@@ -79,6 +79,7 @@ def leaf_counts(net: SigmaBNet, evaluation: Evaluation, classes: Iterable[str]) 
         leaves=net.leaves,
         classes=tuple(classes),
         counts=tuple(zip(*evaluation.leaf_classes, strict=True)),
+        correct=tuple(zip(*evaluation.leaf_correct, strict=True)),
     )
 
 

@@ -105,8 +105,8 @@ def _headline(rows: Sequence[Row]) -> str:
         ("MACs per sample", tree_row.active_macs, dense.active_macs),
         ("Stored parameters", tree_row.stored_parameters, dense.stored_parameters),
     ):
-        more = f"{fmt.count(part)} against {fmt.count(whole)} dense"
-        cards.append(_stat(label, fmt.percent(ratio(part, whole)), more))
+        counts = [fmt.count(value).replace(" ", "\u00a0") for value in (part, whole)]
+        cards.append(_stat(label, fmt.percent(ratio(part, whole)), f"{counts[0]} against {counts[1]} dense"))
     return tag("div", *cards, cls="stats")
 
 

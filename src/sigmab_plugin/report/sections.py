@@ -163,11 +163,8 @@ def _panel(panel: ChannelPanel) -> str:
         x_title="mean activation, cluster 0",
         y_title="cluster 1",
     )
-    key = [
-        (f"{name} {counts[kind]}", color, False)
-        for kind, name, color in reversed(_CHANNEL_KINDS)
-        if counts[kind]
-    ]
+    shown = sorted(_CHANNEL_KINDS, key=lambda kind: ("shared", "0", "1", "dropped").index(kind[0]))
+    key = [(f"{name} {counts[kind]}", color, False) for kind, name, color in shown if counts[kind]]
     return (
         tag("h3", f"{escape(node.capitalize())} · {escape(panel.group)}")
         + legend(key)
@@ -192,7 +189,7 @@ def curves(data: ReportData) -> str:
         "not have, so losses are not comparable across networks."
     )
     shown = [tag("div", card, cls="card") for card in cards if card]
-    return tag("p", about, cls="about") + tag("div", *shown, cls="grid")
+    return tag("p", about, cls="about") + tag("div", *shown, cls="grid pairs")
 
 
 def _metric(

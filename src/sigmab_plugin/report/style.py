@@ -19,7 +19,7 @@ def leaf_color(index: int, leaves: int) -> str:
 
 def leaf_tint(index: int, leaves: int) -> str:
     """The same hue, pale: a background behind text."""
-    return f"hsl({_hue(index, leaves)} var(--leaf-s) var(--leaf-soft-l))"
+    return f"hsl({_hue(index, leaves)} var(--leaf-soft-s) var(--leaf-soft-l))"
 
 
 def _hue(index: int, leaves: int) -> int:

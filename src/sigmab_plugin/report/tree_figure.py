@@ -30,7 +30,7 @@ class _Style:
     label: bool  # name modules of the dense model in the boxes
 
 
-_WIDE = _Style(pitch=252, box=196, row=62, drop=32, router=32, gap=60, font=14, label=True)
+_WIDE = _Style(pitch=252, box=218, row=62, drop=32, router=32, gap=60, font=14, label=True)
 _COMPACT = _Style(pitch=84, box=77, row=56, drop=24, router=36, gap=48, font=12, label=False)
 
 
@@ -58,6 +58,8 @@ class _Drawing:
             cls="wide" if self.style.label else "narrow",
             width=self.width,
             height=self.height,
+            # A wide tree shrinks with the page as long as its text stays readable, then scrolls.
+            style=f"min-width:{0.72 * self.width:.0f}px" if self.style.label else "max-width:none",
             viewBox=f"0 0 {self.width} {self.height:.0f}",
             role="img",
             aria_label=f"Tree with {len(self.tree.leaves)} leaves: {', '.join(self.tree.leaves)}{flow}",
@@ -180,7 +182,7 @@ class _Drawing:
         step = style.font + 4
         first = top + style.row / 2 - step * (len(lines) - 1) / 2 + style.font * 0.35
         for index, line in enumerate(lines):
-            size = style.font if index == 0 else style.font - 1
+            size = style.font if index == 0 else style.font - 1.5 if style.label else style.font - 1
             self._text(x, first + index * step, line, size=size, bold=index == 0, soft=index > 0)
 
     def _pill(

@@ -30,6 +30,7 @@ class Evaluation:
         class_accuracy: accuracy by class; NaN for a class without samples.
         leaf_shares: share of samples by leaf, in the order of ``net.leaves``.
         leaf_classes: samples by leaf (rows) and class (columns).
+        leaf_correct: those of them that are classified correctly.
     """
 
     samples: int
@@ -38,6 +39,7 @@ class Evaluation:
     class_accuracy: tuple[float, ...]
     leaf_shares: tuple[float, ...] = ()
     leaf_classes: tuple[tuple[int, ...], ...] = ()
+    leaf_correct: tuple[tuple[int, ...], ...] = ()
 
     @property
     def mean_class_accuracy(self) -> float:
@@ -116,6 +118,7 @@ def _summary(table: Tensor, loss_sum: float, leaves: int) -> Evaluation:
         class_accuracy=tuple((by_class[:, 1] / by_class[:, 0]).tolist()),
         leaf_shares=tuple((table[..., 0].sum(1) / samples).tolist()) if leaves else (),
         leaf_classes=tuple(tuple(row) for row in table[..., 0].tolist()) if leaves else (),
+        leaf_correct=tuple(tuple(row) for row in table[..., 1].tolist()) if leaves else (),
     )
 
 
