@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+pytest.importorskip("sklearn")
+pytest.importorskip("torch_geometric")  # one module holds all experiments
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _benchmarks_on_path():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, _benchmarks_on_path) -> Path:
+    """Results of a tiny experiment on the digits: one epoch, four arms."""
+    import run
+
+    folder = tmp_path_factory.mktemp("benchmark")
+    recipe = json.loads((BENCHMARKS / "recipes/digits-cpu.json").read_text())
+    recipe["dense"]["epochs"] = recipe["finetune"]["epochs"] = 1
+    recipe["model"]["width"] = 0.125
+    recipe["arms"] = {
+        name: recipe["arms"][name] for name in ("sigmab", "twin", "twin-equal-teacher", "pruned-taylor-teacher")
+    }
+    (folder / "tiny.json").write_text(json.dumps(recipe))
+    arguments = ["digits", "--recipe", str(folder / "tiny.json"), "--out", str(folder / "out")]
+    arguments += ["--results", str(folder / "results"), "--seed", "3"]
+    assert run.main(arguments) == 0
+    written = {f.name: f.stat().st_mtime_ns for f in (folder / "results/tiny").iterdir()}
+    assert run.main(arguments) == 0
+    again = {f.name: f.stat().st_mtime_ns for f in (folder / "results/tiny").iterdir()}
+    assert again == written, "finished results must not be run again"
+    return folder / "results"
+
+
+def _read(results: Path, arm: str) -> dict:
+    return json.loads((results / "tiny" / f"{arm}-seed3.json").read_text())
+
+
+@pytest.mark.slow
+def test_controls_spend_what_the_tree_spends(finished: Path) -> None:
+    tree = _read(finished, "sigmab")["counts"]["active_parameters"]
+    assert _read(finished, "twin")["counts"]["active_parameters"] < tree
+    for arm in ("twin-equal-teacher", "pruned-taylor-teacher"):
+        assert _read(finished, arm)["counts"]["active_parameters"] == pytest.approx(tree, rel=0.02)
+    samples = {_read(finished, arm)["train_samples"] for arm in ("sigmab", "twin", "pruned-taylor-teacher")}
+    assert len(samples) == 1
+
+
+@pytest.mark.slow
+def test_results_say_how_they_were_made(finished: Path) -> None:
+    record = _read(finished, "sigmab")
+    assert (record["seed"], record["dense_seed"], record["epochs"]) == (3, 3, 1)
+    assert record["command"].startswith("python benchmarks/run.py digits")
+    assert str(finished) not in json.dumps(record)
+    assert sum(record["test"]["leaf_shares"]) == pytest.approx(1, abs=1e-3)
+    assert record["test"]["samples"] == 360
+    assert {"torch", "torch-pruning", "machine", "train_seconds", "restructure_seconds"} <= record.keys()
+
+
+@pytest.mark.slow
+def test_a_table_that_was_edited_is_found(finished: Path, tmp_path: Path, capsys) -> None:
+    import report
+
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- results: tiny -->\n<!-- end results -->\nafter\n")
+    assert report.main(["--results", str(finished), "--check", str(page)]) == 1
+    assert report.main(["--results", str(finished), "--write", str(page)]) == 0
+    assert report.main(["--results", str(finished), "--check", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    accuracy = f"{_read(finished, 'twin')['test']['accuracy']:.2f}"
+    assert f"| static twin | 1 | {accuracy} |" in text
+    page.write_text(text.replace(f"| static twin | 1 | {accuracy} |", "| static twin | 1 | 99.99 |"))
+    capsys.readouterr()
+    assert report.main(["--results", str(finished), "--check", str(page)]) == 1
+    assert "99.99" in capsys.readouterr().out
+
+
+def test_spread_is_mean_and_standard_deviation() -> None:
+    import report
+
+    assert report.spread([90.0]) == "90.00"
+    assert report.spread([90.0, 91.0, 92.0]) == "91.00 ± 1.00"
+
+
+def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
+    import report
+
+    (tmp_path / "page.md").write_text("no table")
+    with pytest.raises(SystemExit, match="results: NAME"):
+        report.main(["--check", str(tmp_path / "page.md")])
