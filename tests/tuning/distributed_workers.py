@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from sigmab_plugin.tuning import distributed, finetune, reestimate_batchnorm
+from sigmab_plugin.tuning.loop import _synchronised
 
 NETS = {"tree": tree, "dense": dense}
 
@@ -97,8 +99,28 @@ def batchnorm(rank: int, folder: Path) -> None:
     save_file(net.state_dict(), folder / f"{rank}.safetensors")
 
 
+def synchronised(rank: int, folder: Path) -> None:
+    """BatchNorm is swapped while training and back afterwards, with the same tensors."""
+    net = tree()
+    before = [type(m) for m in net.modules()]
+    mean = net.backbone[1].running_mean
+    with _synchronised(net, True):
+        inside = {type(m).__name__ for m in net.modules() if hasattr(m, "running_mean")}
+        shared = net.backbone[1].running_mean is mean
+    after = [type(m) for m in net.modules()]
+    result = {"inside": sorted(inside), "shared": shared, "restored": before == after}
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+
+
+def unsharded(rank: int, folder: Path) -> None:
+    """A plain DataLoader under a process group is worth a warning."""
+    logging.basicConfig(filename=folder / f"{rank}.log")
+    data = TensorDataset(*samples(16))
+    finetune(dense(), DataLoader(data, batch_size=8), epochs=1, recipe=QUICK, progress=False)
+
+
 def quick(rank: int, folder: Path) -> None:
-    for worker in (collectives, diverge, batchnorm):
+    for worker in (collectives, diverge, batchnorm, synchronised, unsharded):
         (folder / worker.__name__).mkdir(exist_ok=True)
         worker(rank, folder / worker.__name__)
 

@@ -125,3 +125,16 @@ def test_batchnorm_sums_are_shared(quick: Path) -> None:
         found = load_file(folder / f"{rank}.safetensors")
         torch.testing.assert_close(found["0.1.running_mean"], values.mean((0, 2, 3)))
         torch.testing.assert_close(found["0.1.running_var"], values.var((0, 2, 3)))
+
+
+@pytest.mark.slow
+def test_synchronised_batchnorm_is_swapped_in_and_out(quick: Path) -> None:
+    for rank in range(2):
+        seen = json.loads((quick / "synchronised" / f"{rank}.json").read_text())
+        assert seen == {"inside": ["SyncBatchNorm"], "shared": True, "restored": True}
+
+
+@pytest.mark.slow
+def test_a_loader_that_is_not_sharded_is_reported(quick: Path) -> None:
+    text = (quick / "unsharded" / "0.log").read_text()
+    assert text.count("each of the 2 processes trains on all of the data") == 1

@@ -389,6 +389,19 @@ class TestBadCheckpoint:
         with pytest.raises(FormatError, match=words):
             self.resume(tree(), folder, **changes)
 
+    def test_full_disk_keeps_the_old_file(self, folder: Path) -> None:
+        resource = pytest.importorskip("resource")
+        before = (folder / "last.safetensors").read_bytes()
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match="could not write .*last.safetensors"):
+                self.resume(tree(), folder, resume=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert (folder / "last.safetensors").read_bytes() == before
+        assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
+
     def test_starting_over(self, folder: Path) -> None:
         net = tree()
         self.resume(net, folder, resume=False, seed=3)

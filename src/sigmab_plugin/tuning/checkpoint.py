@@ -164,6 +164,10 @@ def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: 
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"could not write {path} ({error}); an earlier file of that name is unchanged"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -152,6 +152,7 @@ class _Run:
         self.val_loader, self.device, self.folder, self.log, self.seed = val_loader, device, folder, log, seed
         self.teacher = None if teacher is None else teacher.to(device).eval()
         self.steps = _length(loader)
+        _warn_unless_sharded(loader)
         self.leaves = leaf_names(net)
         self.records: list[EpochRecord] = []
         self.optimizer = _optimizer(net, recipe)
@@ -332,6 +333,17 @@ def _length(loader: Any) -> int:
     return steps
 
 
+def _warn_unless_sharded(loader: Any) -> None:
+    """A DataLoader without a distributed sampler gives every rank all of the data."""
+    if world_size() == 1 or not isinstance(loader, torch.utils.data.DataLoader):
+        return
+    if not any(hasattr(sampler, "num_replicas") for sampler in (loader.sampler, loader.batch_sampler)):
+        logger.warning(
+            "the training loader has no DistributedSampler: each of the %d processes trains on all of the data",
+            world_size(),
+        )
+
+
 def _optimizer(net: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
     parameters = [p for p in net.parameters() if p.requires_grad]
     if recipe.optimizer == "sgd":
@@ -389,7 +401,7 @@ def _synchronised(net: nn.Module, enabled: bool) -> Iterator[None]:
         if isinstance(child, nn.modules.batchnorm._BatchNorm)
     ]
     for parent, name, child in found:
-        setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+        setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..counting import as_arguments
 from ..errors import TrainingError
@@ -91,9 +90,9 @@ class Objective(nn.Module):
 
 def leaf_counts(routed: Tensor, leaves: int) -> Tensor:
     """(K,) samples per leaf, as floats."""
-    return F.one_hot(routed, leaves).sum(0).float()
+    return (routed.unsqueeze(1) == torch.arange(leaves, device=routed.device)).sum(0).float()
 
 
 def _counts(logits: Tensor, targets: Tensor) -> Tensor:
     correct = (logits.argmax(1) == class_indices(targets)).sum().float()
-    return torch.stack([correct.new_tensor(float(logits.shape[0])), correct])
+    return torch.stack([torch.full_like(correct, float(logits.shape[0])), correct])
