@@ -395,7 +395,7 @@ class TestBadCheckpoint:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         try:
-            with pytest.raises(OSError, match="could not write .*last.safetensors"):
+            with pytest.raises(OSError, match=r"could not write .*last\.safetensors"):
                 self.resume(tree(), folder, resume=False)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
