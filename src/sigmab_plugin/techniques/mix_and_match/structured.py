@@ -1,0 +1,60 @@
+"""Per-layer sparsities as the arguments of a structured pruner (Torch-Pruning's ``pruning_ratio_dict``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from .ranges import LayerRange
+
+
+@dataclass(frozen=True)
+class StructuredRatios:
+    """Arguments for ``torch_pruning.pruner.BasePruner``.
+
+    Attributes:
+        pruning_ratio_dict: share of output channels to remove, by module of the model to be pruned.
+        ignored_layers: modules whose outputs must stay: the classifier's last layers (the classes), routers.
+    """
+
+    pruning_ratio_dict: dict[nn.Module, float]
+    ignored_layers: list[nn.Module]
+
+
+def structured_ratios(
+    model: nn.Module,
+    ranges: Sequence[LayerRange],
+    sparsities: Mapping[str, float],
+    *,
+    classes: int | None = None,
+    match: str = "channels",
+) -> StructuredRatios:
+    """Hand one strategy's sparsities to a structured pruner.
+
+    A sparsity rho becomes the ratio of removed channels with ``match="channels"``. Removing channels
+    narrows the next layer as well, so about 1 - (1 - rho)^2 of the parameters go; ``match="parameters"``
+    gives the ratio 1 - sqrt(1 - rho), at which about rho of them go.
+
+    Args:
+        model: the very object that will be pruned; keys are its modules.
+        sparsities: from :func:`~sigmab_plugin.techniques.mix_and_match.layer_sparsities`.
+        classes: width of the logits; classifier layers of that width are ignored. By default every
+            classifier layer is.
+    """
+    ratios: dict[nn.Module, float] = {}
+    ignored: list[nn.Module] = []
+    for layer in ranges:
+        module = model.get_submodule(layer.module)
+        if not isinstance(module, (_ConvNd, nn.Linear)):
+            continue
+        width = module.out_channels if isinstance(module, _ConvNd) else module.out_features
+        if layer.role == "router" or (layer.role == "classifier" and classes in (None, width)):
+            ignored.append(module)
+            continue
+        sparsity = sparsities[layer.name]
+        ratios[module] = sparsity if match == "channels" else 1 - math.sqrt(1 - sparsity)
+    return StructuredRatios(ratios, ignored)
