@@ -124,14 +124,13 @@ def optimise(model: onnx.ModelProto, *, native: bool) -> onnx.ModelProto:
     """ONNX Runtime's graph optimisations, done once at export.
 
     ``native`` also lays convolution weights out in blocks for this machine's vector width, which
-    other machines cannot read (:func:`vector_width` tells them apart); without it the graph is left as is.
+    other machines cannot read (:func:`vector_width` tells them apart).
     """
-    if not native:
-        return model
     onnx, ort = require("onnx"), require("onnxruntime")
     with tempfile.TemporaryDirectory(prefix="sigmab-") as work:
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if native else levels.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(Path(work) / "optimised.onnx")
         options.log_severity_level = 3
         # Everything external: a protobuf holds 2 GB at most.

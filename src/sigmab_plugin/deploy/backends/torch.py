@@ -49,7 +49,7 @@ class Torch:
             return torch.export.load(io.BytesIO(data)).module()
         except Exception as error:  # torch.export raises many kinds; all of them mean the same to the caller
             raise FormatError(
-                f"node {node.path or 'root'!r}: torch {torch.__version__} cannot open its program ({error}): export again"
+                f"node {node.path or 'root'!r}: torch {torch.__version__} cannot open its program: {error}"
             ) from error
 
     def bind(self, node: Node, program: Any, weights: mmap.mmap | None) -> _Bound:

@@ -23,7 +23,9 @@ def export_artefact(source: NodeSource, options: Options) -> Artefact:
         from ..quantization import quantize_weights
 
         model = quantize_weights(model, bits=4 if options.precision.startswith("int4") else 8)
-    model = optimise(model, native=options.layout == "native")
+    native = options.layout == "native"
+    if native or options.precision == "int8":  # integer kernels come from fusion, which needs the weights
+        model = optimise(model, native=native)
     if options.precision == "fp16":
         from ..quantization import store_half
 

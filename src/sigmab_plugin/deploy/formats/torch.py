@@ -60,5 +60,5 @@ def export_artefact(source: NodeSource, options: Options) -> Artefact:
 
 
 def requires(options: Options) -> dict[str, Any]:
-    """torch reads programs of its own and earlier versions."""
+    """Torch reads programs of its own and earlier versions."""
     return {"torch": torch.__version__.split("+")[0]}
