@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -49,6 +49,15 @@ _log = logging.getLogger(__name__)
 #: Functions that stand in the net's own forward (pooling, mixing of leaves) rather than in a layer. Quantizers are
 #: addressed by scope and order of calls, and these are called in another order in hard routing.
 _ROOT_FUNCTIONS = r"{re}^[^/\[\]]+/[^/\[\]]+$"
+#: A router is one or two per cent of a path's weights and decides where every sample goes: it keeps them all.
+_ROUTERS = r"{re}ModuleDict\[routers\]"
+_ADDED_SCOPES = {
+    "quantization": (_ROOT_FUNCTIONS,),
+    "magnitude_sparsity": (_ROUTERS,),
+    "rb_sparsity": (_ROUTERS,),
+    "const_sparsity": (_ROUTERS,),
+    "filter_pruning": (_ROUTERS,),
+}
 
 
 class TechniqueBuilder(PTCompressionAlgorithmBuilder):
@@ -148,7 +157,7 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
         check(config)
         # NNCF's builders read their scopes from the config when they are made, so the ones that will see the new
         # network are made from a copy in which the scopes are written for it.
-        later = _config_for_new_network(config, names[self._split :])
+        later = _config_for_new_network(config, self._split)
         for number in range(self._split, len(names)):
             builder = PT_COMPRESSION_ALGORITHMS.get(names[number])
             self._child_builders[number] = builder(later, should_init=should_init)
@@ -227,14 +236,18 @@ def _restore_buffers(model: nn.Module) -> None:
                 module.register_buffer(name, value.detach())
 
 
-def _config_for_new_network(config: NNCFConfig, algorithms: Sequence[str]) -> NNCFConfig:
-    """``config`` with dense scopes rewritten so that they match inside the restructured network too."""
+def _config_for_new_network(config: NNCFConfig, split: int) -> NNCFConfig:
+    """``config`` with dense scopes rewritten so that they match inside the restructured network too.
+
+    ``split`` is the number of sections up to the last technique.
+    """
     rewritten = NNCFConfig(_rewrite_scopes(deepcopy(dict(config))))
     rewritten.register_extra_structs(config.get_all_extra_structs())
     entries = rewritten["compression"]
-    for entry in entries:
-        if entry["algorithm"] == "quantization" and "quantization" in algorithms:
-            entry["ignored_scopes"] = [*_as_list(entry.get("ignored_scopes")), _ROOT_FUNCTIONS]
+    if any(entry["algorithm"] == SigmaBConfig.algorithm for entry in entries[:split]):
+        for entry in entries[split:]:
+            added = _ADDED_SCOPES.get(entry["algorithm"], ())
+            entry["ignored_scopes"] = [*_as_list(entry.get("ignored_scopes")), *added]
     return rewritten
 
 

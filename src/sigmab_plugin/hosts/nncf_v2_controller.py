@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -170,6 +170,11 @@ class TechniqueController(PTCompressionAlgorithmController):
     def compression_stage(self) -> CompressionStage:
         return CompressionStage.FULLY_COMPRESSED
 
+    def export_model(self, *args: Any, **kwargs: Any) -> None:
+        """As NNCF's; a tree's file answers as hard routing does, with every leaf in one static graph."""
+        with selected_forward(self.model):
+            super().export_model(*args, **kwargs)
+
     def statistics(self, quickly_collected_only: bool = False) -> NNCFStatistics:
         result = TechniqueStatistics()
         result.register(self.config.algorithm, self._table())
@@ -193,11 +198,6 @@ class TreeController(TechniqueController):
     def compression_rate(self) -> float:
         """Share of the dense network's parameters that one input does not touch."""
         return 1.0 - float(self.after.active) / self.before
-
-    def export_model(self, *args: Any, **kwargs: Any) -> None:
-        """As NNCF's; the file answers as hard routing does, with every leaf in one static graph."""
-        with selected_forward(self.model):
-            super().export_model(*args, **kwargs)
 
 
 class FinishedController(PTCompressionAlgorithmController):
@@ -257,11 +257,21 @@ class OrderedCompositeController(PTCompositeCompressionAlgorithmController):
 
 @contextmanager
 def selected_forward(network: Any) -> Iterator[None]:
-    """Inside, ``network`` computes every leaf and picks the routed one: what an exporter can trace."""
+    """Inside, ``network`` computes every leaf and picks the routed one: what an exporter can trace.
+
+    NNCF's quantizers are exported by TorchScript symbols, which torch no longer uses unless told; NNCF before 2.19
+    does not tell it.
+    """
     forward = getattr(network, "forward_selected", None)
-    if forward is None:
-        yield
-        return
-    with network.nncf.temporary_bound_original_forward(forward):
-        yield
+    export = torch.onnx.export
+
+    def torchscript_export(*args: Any, **kwargs: Any) -> Any:
+        return export(*args, **{"dynamo": False, **kwargs})
+
+    torch.onnx.export = torchscript_export  # type: ignore[assignment]
+    try:
+        with network.nncf.temporary_bound_original_forward(forward) if forward is not None else nullcontext():
+            yield
+    finally:
+        torch.onnx.export = export  # type: ignore[assignment]
 

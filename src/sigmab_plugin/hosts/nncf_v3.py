@@ -330,7 +330,8 @@ def _magnitude_sparsity(network: nn.Module, entry: Section, run: Run) -> tuple[n
 
     def mask(part: Part) -> nn.Module:
         own = ratios.get(part.name, ratio)
-        if not 0.0 < own < 1.0:
+        # A router is one or two per cent of a path's weights and decides where every sample goes: it keeps them all.
+        if part.is_router or not 0.0 < own < 1.0:
             return part.module
         pruned: nn.Module = nncf.prune(
             part.module,

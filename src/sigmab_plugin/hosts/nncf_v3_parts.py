@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,11 +35,14 @@ class Part:
     owner: nn.Module | None = None
     key: str = ""
     batch_axis: bool = True
-    sink: list[nn.Module] = field(default_factory=list)
 
     @property
     def example(self) -> Any:
         return self.inputs[0]
+
+    @property
+    def is_router(self) -> bool:
+        return self.name.startswith("routers.")
 
     @property
     def samples(self) -> int:
@@ -319,8 +322,9 @@ def weight_compression_arguments(entry: Section, scopes: Sequence[str]) -> Argum
 
 
 def part_ratios(network: nn.Module, ratio: float) -> dict[str, float]:
-    """Share of each part's weights below the magnitude that leaves ``1 - ratio`` of the whole network's weights."""
-    weights = {name: torch.cat(_prunable(module)) for name, module in wrapped_parts(network) if _prunable(module)}
+    """Share of each part's weights below the magnitude that leaves ``1 - ratio`` of the whole network's weights, routers aside."""
+    found = {name: _prunable(module) for name, module in wrapped_parts(network) if not name.startswith("routers.")}
+    weights = {name: torch.cat(tensors) for name, tensors in found.items() if tensors}
     everything = torch.cat(list(weights.values()))
     threshold = everything.kthvalue(max(1, int(ratio * everything.numel()))).values
     return {name: float((values <= threshold).float().mean()) for name, values in weights.items()}
