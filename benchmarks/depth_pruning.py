@@ -40,8 +40,8 @@ WORDS = ("down", "no", "up", "yes")
 #: Sweeps: what differs from the paper's settings (frozen, stages of 32 and 16 channels, 20 + 10 + 20 epochs of a
 #: smaller training set). ``cuts`` limits the sweep that trains all layers, which costs most.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "auxiliary head, kept layers frozen": {"cache_features": True, "epochs": (6, 3, 6)},
-    "classifier only, kept layers frozen": {"cache_features": True, "epochs": (6, 3, 6), "head_widths": ()},
+    "auxiliary head, kept layers frozen": {"cache_features": True, "epochs": (6, 2, 4)},
+    "classifier only, kept layers frozen": {"cache_features": True, "epochs": (6, 2, 4), "head_widths": ()},
     "auxiliary head, all layers trained": {
         "freeze": False,
         "epochs": (4, 2, 4),
@@ -154,7 +154,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("benchmarks/cache/depth_pruning"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="clips per split, for a trial run")
+    parser.add_argument("--limit", type=int, help="clips of every split, for a trial run")
+    parser.add_argument("--train-clips", type=int, help="clips to train heads on (default: all 12 440)")
     parser.add_argument("--max-drop", type=float, default=0.01)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -162,6 +163,8 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     start = time.time()
     data = Keywords(arguments.data / "kws_sc2_mfcc_int8.npz", arguments.limit, arguments.seed)
+    values, targets = data.splits[0]
+    data.splits[0] = (values[: arguments.train_clips], targets[: arguments.train_clips])
     model, _ = load_mlperf_ds_cnn(arguments.data / "checkpoints" / "kws_dscnn_mlperf.safetensors")
     dense = four_words(model, data.columns)
     sweeps = {}
@@ -170,7 +173,8 @@ def main() -> None:
         finished: list[str] = []
         config = DepthPruningConfig(**{**options, "seed": arguments.seed})
         directory = (
-            arguments.work / f"{name.replace(' ', '_').replace(',', '')}-{arguments.seed}-{arguments.limit}"
+            arguments.work
+            / f"{name.replace(' ', '_').replace(',', '')}-{arguments.seed}-{len(data.splits[0][0])}"
         )
         for cut in variant.get("cuts") or [cut.name for cut in enumerate_cuts(dense, data.splits[0][0][:2])]:
             # One call per cut, so that each sees the same order of batches, interrupted or not.

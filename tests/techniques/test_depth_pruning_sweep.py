@@ -243,7 +243,7 @@ def test_apply_chooses_the_smallest_good_cut(dense: nn.Module, tmp_path: Path) -
         example_inputs=example(),
         train_data=batches(),
         validate=accuracy,
-        options={"sweep_directory": tmp_path},
+        options={"folder": tmp_path},
     )
     net = technique.apply(dense, QUICK.replace(max_drop=1.0), context)
     assert isinstance(net, DepthPrunedNet)

@@ -209,7 +209,7 @@ class Comparison:
             train_data=self.train,
             validate=lambda network: evaluate(network, self.validation).accuracy,
             seed=self.seed,
-            options={"sweep_directory": self.directory / "checkpoints" / key},
+            options={"folder": self.directory / "checkpoints" / key},
         )
 
     def _fingerprint(self, run: Run, role: str) -> str:

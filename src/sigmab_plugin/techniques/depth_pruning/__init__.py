@@ -58,7 +58,7 @@ def apply(model: nn.Module, config: DepthPruningConfig, context: Context) -> nn.
 
     With ``config.cut`` the network is cut there, and trained if ``context.train_data`` is given. Without,
     every cut is tried and the smallest network within ``config.max_drop`` of the model's score is
-    returned: that needs ``train_data`` and ``validate``. ``context.options["sweep_directory"]`` makes
+    returned: that needs ``train_data`` and ``validate``. ``context.options["folder"]`` makes
     the sweep resumable.
 
     Raises:
@@ -86,7 +86,7 @@ def apply(model: nn.Module, config: DepthPruningConfig, context: Context) -> nn.
             "depth_pruning: choosing a cut needs train_data and validate; give both, or name the cut"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(context.options.get("sweep_directory", scratch))
+        directory = Path(context.options.get("folder", scratch))
         result = sweep(
             model,
             context.example_inputs,
