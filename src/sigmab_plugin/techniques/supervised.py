@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -42,6 +43,14 @@ def training_loss(net: nn.Module, inputs: Any, targets: Any, loss_fn: LossFuncti
         loss: Tensor = net.loss(inputs, targets)  # type: ignore[operator]
         return loss
     return nn.functional.cross_entropy(logits_of(net(*as_arguments(inputs))), targets)
+
+
+def differentiable_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose output depends on every weight: a tree's leaves are mixed (soft routing)."""
+    working = copy.deepcopy(model).eval()
+    if hasattr(working, "forward_leaves"):
+        working.routing = "soft"  # type: ignore[assignment]
+    return working
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -43,7 +43,7 @@ class MixAndMatchConfig(TechniqueConfig):
         exclusiveMinimum=0.0,
         maximum=1.0,
     )
-    role_limits: dict[str, tuple[float, ...]] = option(  # noqa: RUF009 (a field with a default factory)
+    role_limits: dict[str, tuple[float, ...]] = option(
         {
             "normalization": (0.0, 0.0),
             "embedding": (0.0, 0.0),
@@ -57,7 +57,7 @@ class MixAndMatchConfig(TechniqueConfig):
     maximum_sparsity: float = option(
         0.99, "largest sparsity of any layer, so that none is cut through", minimum=0.0, maximum=1.0
     )
-    roles: dict[str, str] = option(  # noqa: RUF009
+    roles: dict[str, str] = option(
         {}, "role by shell pattern of module names, before what is found"
     )
     ignored_layers: tuple[str, ...] = option((), "shell patterns of module names left dense")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import logging
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from ...counting import as_arguments
 from ...errors import ConfigError, ModelError
-from ..supervised import logits_of
+from ..supervised import differentiable_copy, logits_of
 from .config import MixAndMatchConfig
 
 logger = logging.getLogger(__name__)
@@ -160,7 +159,7 @@ class _Trace:
 
 
 def _trace(model: nn.Module, example_inputs: Any, modules: Mapping[str, nn.Module]) -> _Trace:
-    working = copy.deepcopy(model).eval().requires_grad_(True)
+    working = differentiable_copy(model).requires_grad_(True)
     nodes: dict[Any, str] = {}
     order: list[str] = []
 

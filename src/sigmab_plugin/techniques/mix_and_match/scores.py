@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...errors import CalibrationError, ModelError
-from ..supervised import LossFunction, module_device, supervised_batches, training_loss
+from ..supervised import LossFunction, differentiable_copy, module_device, supervised_batches, training_loss
 from .roles import LayerWeight
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ def measure_sensitivity(
         CalibrationError: no batch, no targets, or a loss that is not finite.
         ModelError: an operation without second derivative, with ``hessian``.
     """
-    working = copy.deepcopy(model).eval()
+    working = differentiable_copy(model)
     device = module_device(working)
     names = [layer.name for layer in layers]
     parameters = dict(working.named_parameters())

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .ranges import LayerRange
+from .roles import LayerWeight
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class StructuredRatios:
 
 def structured_ratios(
     model: nn.Module,
-    ranges: Sequence[LayerRange],
+    layers: Sequence[LayerRange] | Sequence[LayerWeight],
     sparsities: Mapping[str, float],
     *,
     classes: int | None = None,
@@ -41,13 +42,14 @@ def structured_ratios(
 
     Args:
         model: the very object that will be pruned; keys are its modules.
+        layers: ranges, or what ``find_layers`` found.
         sparsities: from :func:`~sigmab_plugin.techniques.mix_and_match.layer_sparsities`.
         classes: width of the logits; classifier layers of that width are ignored. By default every
             classifier layer is.
     """
     ratios: dict[nn.Module, float] = {}
     ignored: list[nn.Module] = []
-    for layer in ranges:
+    for layer in layers:
         module = model.get_submodule(layer.module)
         if not isinstance(module, (_ConvNd, nn.Linear)):
             continue
@@ -56,5 +58,7 @@ def structured_ratios(
             ignored.append(module)
             continue
         sparsity = sparsities[layer.name]
-        ratios[module] = sparsity if match == "channels" else 1 - math.sqrt(1 - sparsity)
+        ratio = sparsity if match == "channels" else 1 - math.sqrt(1 - sparsity)
+        # One channel stays: Torch-Pruning silently leaves a layer whole that would lose them all.
+        ratios[module] = max(0.0, min(ratio, 1 - 1 / width - 1e-9))
     return StructuredRatios(ratios, ignored)
