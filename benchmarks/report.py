@@ -88,7 +88,28 @@ def table(folder: Path) -> str:
             spread([r["test"]["balance"] for r in runs], digits=2) if "balance" in runs[0]["test"] else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_differences(results), "", _provenance(results)]) + "\n"
+    parts = ["\n".join(lines), *_differences(results), _robustness(results), _provenance(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _robustness(results: dict[str, list[Result]]) -> str:
+    """Markdown: rare classes, calibration, corruptions, routing."""
+    first = next(iter(results.values()))[0]
+    corruptions = [
+        name for name in first["robustness"] if name not in ("calibration_error", "leaf_unchanged")
+    ]
+    columns = ["network", "rarest quarter of classes %", *(f"{name} %" for name in corruptions)]
+    columns += ["calibration error", "leaf unchanged %"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for arm, runs in results.items():
+        checks = [r["robustness"] for r in runs]
+        cells = [TITLES.get(arm, arm), spread([r["test"]["rare_class_accuracy"] for r in runs])]
+        cells += [spread([check[name] for check in checks]) for name in corruptions]
+        cells.append(spread([check["calibration_error"] for check in checks]))
+        stays = [check["leaf_unchanged"] for check in checks if "leaf_unchanged" in check]
+        cells.append(spread(stays) if stays else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def spread(values: Sequence[float], *, digits: int = 2) -> str:
@@ -122,7 +143,7 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
             lines.append(
                 f"{TITLES[tree]} minus {TITLES[control]}, over {len(gaps)} paired run(s): {shown} points."
             )
-    return ["  \n".join(lines)] if lines else []
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
 
 
 def _provenance(results: dict[str, list[Result]]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sigmab_plugin import SigmaBNet, finetune
 from sigmab_plugin.counting import macs, parameter_count, storage_bytes
@@ -20,6 +20,7 @@ from sigmab_plugin.tuning import Evaluation, History, TrainRecipe, evaluate, loa
 
 from .arms import build_arm
 from .experiments import Experiment
+from .robustness import rare_class_accuracy, robustness
 
 FORMAT = 1
 
@@ -121,7 +122,7 @@ def _finish(
     """Evaluate on the test part, once, with the last epoch's weights, and write the result."""
     experiment = session.experiment
     test = evaluate(net, experiment.batches(experiment.test), device=session.device)
-    net.to("cpu")
+    net.to("cpu").eval()
     record = {
         "format": FORMAT,
         "experiment": session.name,
@@ -130,8 +131,8 @@ def _finish(
         "seed": seed,
         "dense_seed": dense_seed,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "test": _accuracies(test),
-        "calibration_error": round(100 * calibration_error(net, experiment), 3),
+        "test": _accuracies(test, experiment),
+        "robustness": robustness(net, experiment),
         "val_accuracy": round(100 * (history.last.val_accuracy or 0.0), 3),
         "counts": counts(net, experiment.example(1)),
         "epochs": len(history.records),
@@ -151,12 +152,13 @@ def _finish(
     print(f"{arm} seed {seed}: test {record['test']}", flush=True)
 
 
-def _accuracies(result: Evaluation) -> dict[str, Any]:
+def _accuracies(result: Evaluation, experiment: Experiment) -> dict[str, Any]:
     record: dict[str, Any] = {
         "samples": result.samples,
         "accuracy": round(100 * result.accuracy, 3),
         "mean_class_accuracy": round(100 * result.mean_class_accuracy, 3),
         "worst_class_accuracy": round(100 * min(result.class_accuracy), 3),
+        "rare_class_accuracy": round(100 * rare_class_accuracy(result, experiment), 3),
     }
     if result.leaf_shares:
         record["leaf_shares"] = [round(share, 4) for share in result.leaf_shares]
@@ -184,22 +186,6 @@ def counts(net: nn.Module, example: Any) -> dict[str, int]:
         "active_bytes": size,
         "stored_bytes": size,
     }
-
-
-def calibration_error(net: nn.Module, experiment: Experiment, *, bins: int = 15) -> float:
-    """Expected calibration error on the test part: mean gap of confidence and accuracy over equal-width bins."""
-    net.eval()
-    confidence, correct = [], []
-    with torch.no_grad():
-        for inputs, labels in experiment.batches(experiment.test):
-            logits: Tensor = net(*inputs) if isinstance(inputs, tuple) else net(inputs)
-            top = logits.float().softmax(1).max(1)
-            confidence.append(top.values)
-            correct.append((top.indices == labels).float())
-    sure, right = torch.cat(confidence), torch.cat(correct)
-    slot = (sure * bins).long().clamp_(max=bins - 1)
-    gaps = torch.zeros(bins).index_add_(0, slot, right - sure)
-    return float(gaps.abs().sum() / len(sure))
 
 
 def _processor() -> str:

@@ -29,7 +29,8 @@ def finished(tmp_path_factory, _benchmarks_on_path) -> Path:
     recipe["dense"]["epochs"] = recipe["finetune"]["epochs"] = 1
     recipe["model"]["width"] = 0.125
     recipe["arms"] = {
-        name: recipe["arms"][name] for name in ("sigmab", "twin", "twin-equal-teacher", "pruned-taylor-teacher")
+        name: recipe["arms"][name]
+        for name in ("sigmab", "twin", "twin-equal-teacher", "pruned-taylor-teacher")
     }
     (folder / "tiny.json").write_text(json.dumps(recipe))
     arguments = ["digits", "--recipe", str(folder / "tiny.json"), "--out", str(folder / "out")]
