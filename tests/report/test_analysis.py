@@ -44,7 +44,8 @@ def test_lengths_and_indices_are_checked() -> None:
 
 
 def test_every_channel_has_one_role() -> None:
-    assert kept_roles(6, [[0, 1, 2], [0, 3, 4]], [0]) == ("shared", "0", "0", "1", "1", "dropped")
+    # Channel 2 is specific in both branches: what both keep counts as shared, however it was chosen.
+    assert kept_roles(6, [[0, 1, 2], [0, 2, 4]]) == ("shared", "0", "shared", "dropped", "1", "dropped")
 
 
 @pytest.mark.parametrize(

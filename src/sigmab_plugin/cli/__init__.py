@@ -25,6 +25,7 @@ COMMANDS = (
     "evaluate",
     "compare",
     "inspect",
+    "export",
 )
 
 #: Exit codes: what the user can mend, and an interrupt from the keyboard.

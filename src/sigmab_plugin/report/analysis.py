@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..errors import ConfigError
 from .data import ChannelPanel, LeafStatistics
@@ -79,15 +79,13 @@ def class_purity(statistics: LeafStatistics) -> float | None:
     return sum(max(row, default=0) for row in statistics.counts) / samples if samples else None
 
 
-def kept_roles(channels: int, keep: Sequence[Sequence[int]], shared: Sequence[int]) -> tuple[str, ...]:
-    """Role of each of a group's ``channels``: ``shared``, ``0``, ``1`` (one branch only) or ``dropped``."""
-    roles = ["dropped"] * channels
-    for branch, indices in enumerate(keep):
-        for index in indices:
-            roles[index] = str(branch)
-    for index in shared:
-        roles[index] = "shared"
-    return tuple(roles)
+def kept_roles(channels: int, keep: Sequence[Iterable[int]]) -> tuple[str, ...]:
+    """Role of each of a group's ``channels``: ``shared`` (both branches keep it), ``0``, ``1`` or ``dropped``."""
+    first, second = (set(indices) for indices in keep)
+    return tuple(
+        "shared" if c in first and c in second else "0" if c in first else "1" if c in second else "dropped"
+        for c in range(channels)
+    )
 
 
 def panel_counts(panel: ChannelPanel) -> dict[str, int]:

@@ -100,8 +100,7 @@ def channel_panels(plan: Plan) -> tuple[ChannelPanel, ...]:
         keep = [
             plan.branches[child(node, branch)].keep.get(group.name, range(group.size)) for branch in (0, 1)
         ]
-        shared = split.shared.get(group.name, ())
-        panels.append(ChannelPanel(node, group.name, rows, kept_roles(group.size, keep, shared)))
+        panels.append(ChannelPanel(node, group.name, rows, kept_roles(group.size, keep)))
     return tuple(panels)
 
 

@@ -17,8 +17,9 @@ from .tree_figure import tree_svg
 #: Below it a leaf starves: the tree is little more than one path.
 LOW_BALANCE = 0.5
 
-#: Rows of one block of the class heatmap; more classes make more blocks side by side.
-_HEAT_ROWS = 25
+#: Rows of one block of the class heatmap. More classes make up to three blocks, side by side where there is room;
+#: above the second number they scroll in a box of their own.
+_HEAT_ROWS, _HEAT_TALL = 25, 120
 
 #: (role in the plan, name in the legend, colour), in drawing order: the last lies on top.
 _CHANNEL_KINDS = (
@@ -55,12 +56,12 @@ def leaves(data: ReportData) -> str:
             "fills this in."
         )
     about = f"Leaves chosen by hard routing for {fmt.integer(samples)} held-out samples."
-    wide = "grid-column:1/-1" if len(statistics.classes) > _HEAT_ROWS else None
+    stacked = len(statistics.classes) > _HEAT_ROWS or len(statistics.leaves) > 6
     return tag("p", about, cls="about") + tag(
         "div",
         tag("div", _share_bars(statistics), cls="card"),
-        tag("div", _heatmap(statistics), cls="card", style=wide),
-        cls="grid top",
+        tag("div", _heatmap(statistics), cls="card"),
+        cls="grid top stacked" if stacked else "grid top",
     )
 
 
@@ -100,19 +101,21 @@ def _heatmap(statistics: LeafStatistics) -> str:
     head = [tag("th", "class", scope="col")]
     head += [tag("th", escape(leaf), scope="col") for leaf in statistics.leaves]
     tables = []
-    for start in range(0, len(order), _HEAT_ROWS):
+    height = max(_HEAT_ROWS, -(-len(order) // 3))
+    for start in range(0, len(order), height):
         rows = []
-        for row in order[start : start + _HEAT_ROWS]:
+        for row in order[start : start + height]:
             name = statistics.classes[row]
             heading = tag("th", escape(name), scope="row", title=name)
             rows.append(tag("tr", heading, *_heat_cells(statistics.counts[row])))
         table = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *rows), cls="heat")
         tables.append(scroll_box("Leaf of each class", table))
+    box = tag("div", *tables, cls="heats tall" if len(order) > _HEAT_TALL else "heats")
     about = (
         "Percent of a class's samples per leaf, classes grouped by their main leaf. "
         f"{fmt.percent(class_purity(statistics))} of the samples are in their class's main leaf."
     )
-    return tag("h3", "Leaf of each class") + tag("p", about, cls="hint") + tag("div", *tables, cls="heats")
+    return tag("h3", "Leaf of each class") + tag("p", about, cls="hint") + box
 
 
 def _heat_order(counts: Sequence[int]) -> tuple[int, float]:

@@ -6,7 +6,7 @@ Drawn twice by the page: wide, and compact for a phone. Edges are as thick as th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from . import format as fmt
@@ -14,6 +14,9 @@ from .analysis import is_under, prefix_share
 from .data import TreeFigure
 from .markup import tag
 from .style import leaf_color, leaf_tint
+
+#: Room for a tree on a wide page, in CSS pixels.
+_ROOM = 1056
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,33 @@ class _Style:
     router: int  # height of a router
     gap: int  # from a router down to its branches
     font: float
-    label: bool  # name modules of the dense model in the boxes
+    named: bool  # boxes name modules of the dense model
+    stacked: bool  # width and parameters on two lines
 
 
-_WIDE = _Style(pitch=252, box=218, row=62, drop=32, router=32, gap=60, font=14, label=True)
-_COMPACT = _Style(pitch=84, box=77, row=56, drop=24, router=36, gap=48, font=12, label=False)
+_WIDE = _Style(pitch=252, box=218, row=62, drop=32, router=32, gap=60, font=14, named=True, stacked=False)
+_COMPACT = _Style(pitch=84, box=77, row=56, drop=24, router=36, gap=48, font=12, named=False, stacked=True)
+
+
+def _style(leaves: int, *, compact: bool) -> _Style:
+    """The compact style, or the widest that has room for all leaves side by side."""
+    if compact:
+        return _COMPACT
+    if leaves * _WIDE.pitch <= _ROOM:
+        return _WIDE
+    pitch = max(_ROOM // leaves, _COMPACT.pitch)
+    return replace(_COMPACT, pitch=pitch, box=pitch - 10, drop=28, gap=56, named=pitch >= 120)
 
 
 def tree_svg(tree: TreeFigure, shares: Sequence[float] | None, *, compact: bool) -> str:
     """Draw ``tree``; ``shares`` are the leaf shares in order of ``tree.leaves``, or None."""
-    return _Drawing(tree, shares, _COMPACT if compact else _WIDE).svg()
+    return _Drawing(tree, shares, compact=compact).svg()
 
 
 class _Drawing:
-    def __init__(self, tree: TreeFigure, shares: Sequence[float] | None, style: _Style) -> None:
-        self.tree, self.shares, self.style = tree, shares, style
+    def __init__(self, tree: TreeFigure, shares: Sequence[float] | None, *, compact: bool) -> None:
+        self.tree, self.shares, self.compact = tree, shares, compact
+        self.style = style = _style(len(tree.leaves), compact=compact)
         self.parts = {(part.kind, part.path): part for part in tree.parts}
         self.out: list[str] = []
         self.width = max(len(tree.leaves) * style.pitch, 3 * style.box)
@@ -55,11 +70,11 @@ class _Drawing:
         return tag(
             "svg",
             *self.out,
-            cls="wide" if self.style.label else "narrow",
+            cls="narrow" if self.compact else "wide",
             width=self.width,
             height=self.height,
             # A wide tree shrinks with the page as long as its text stays readable, then scrolls.
-            style=f"min-width:{0.72 * self.width:.0f}px" if self.style.label else "max-width:none",
+            style="max-width:none" if self.compact else f"min-width:{0.72 * self.width:.0f}px",
             viewBox=f"0 0 {self.width} {self.height:.0f}",
             role="img",
             aria_label=f"Tree with {len(self.tree.leaves)} leaves: {', '.join(self.tree.leaves)}{flow}",
@@ -121,7 +136,7 @@ class _Drawing:
             for child in children:
                 self._boxes(child)
             return
-        title = f"head · {self.tree.head}" if style.label and self.tree.head else "head"
+        title = f"head · {self.tree.head}" if style.named and self.tree.head else "head"
         self._box(x, below, title, self._details("head", path), *self._color(path))
         bottom = below + style.row + 2
         if self.shares is not None:
@@ -134,7 +149,7 @@ class _Drawing:
         """The path, and in the wide drawing the dense module that this level was cut from."""
         position = path.count("/")
         level = self.tree.levels[position] if position < len(self.tree.levels) else ""
-        return f"{path} · {level}" if self.style.label and level else path
+        return f"{path} · {level}" if self.style.named and level else path
 
     def _details(self, kind: str, path: str) -> tuple[str, ...]:
         part = self.parts.get((kind, path))
@@ -142,9 +157,9 @@ class _Drawing:
             return ()
         width = "" if part.width is None else f"{part.width} wide"
         parameters = fmt.count(part.parameters)
-        if self.style.label:
-            return (" · ".join(text for text in (width, f"{parameters} parameters") if text),)
-        return tuple(text for text in (width, parameters) if text)
+        if self.style.stacked:
+            return tuple(text for text in (width, parameters) if text)
+        return (" · ".join(text for text in (width, f"{parameters} parameters") if text),)
 
     def _share_text(self, path: str) -> str:
         return fmt.percent(prefix_share(self.shares or (), self.tree.leaves, path))
@@ -153,7 +168,7 @@ class _Drawing:
 
     def _stroke(self, shape: str, color: str, path: str, **place: str | float) -> None:
         share = 0.0 if self.shares is None else prefix_share(self.shares, self.tree.leaves, path)
-        thickness = 2 + (16 if self.style.label else 10) * share
+        thickness = 2 + (10 if self.style.stacked else 16) * share
         self.out.append(tag(shape, stroke=color, stroke_width=thickness, stroke_opacity=".75", **place))
 
     def _line(self, x1: float, y1: float, x2: float, y2: float, color: str, path: str) -> None:
@@ -182,7 +197,7 @@ class _Drawing:
         step = style.font + 4
         first = top + style.row / 2 - step * (len(lines) - 1) / 2 + style.font * 0.35
         for index, line in enumerate(lines):
-            size = style.font if index == 0 else style.font - 1.5 if style.label else style.font - 1
+            size = style.font if index == 0 else style.font - 1 if style.stacked else style.font - 1.5
             self._text(x, first + index * step, line, size=size, bold=index == 0, soft=index > 0)
 
     def _pill(
@@ -193,21 +208,14 @@ class _Drawing:
 
     def _router(self, path: str, x: float, top: float) -> None:
         part, height = self.parts.get(("router", path)), self.style.router
-        self._pill(
-            x,
-            top,
-            148 if self.style.label else 76,
-            height,
-            height / 2,
-            "var(--line-strong)",
-            "var(--surface)",
-        )
         count = "" if part is None else fmt.count(part.parameters)
-        if self.style.label:
-            self._text(x, top + height / 2 + 4.5, f"router · {count}".rstrip(" ·"), size=13)
-        else:
+        width = 76 if self.style.stacked else 148
+        self._pill(x, top, width, height, height / 2, "var(--line-strong)", "var(--surface)")
+        if self.style.stacked:
             self._text(x, top + 15, "router", size=11.5)
             self._text(x, top + 29, count, size=11, soft=True)
+        else:
+            self._text(x, top + height / 2 + 4.5, f"router · {count}".rstrip(" ·"), size=13)
 
     def _share(self, path: str, x: float, top: float) -> None:
         """Share of samples on the edge into a specializer; leaves carry theirs under the head."""
