@@ -1,0 +1,154 @@
+"""Techniques on top of each other on MLPerf Tiny's DS-CNN and real keywords, through ``sigmab compare``.
+
+Needs a folder with ``checkpoints/kws_dscnn_mlperf.safetensors`` and ``kws_sc2_mfcc_int8.npz``. The task is the four
+words yes, no, up, down with the data set's speaker-disjoint split; the pretrained classifier's rows of these four
+words make the dense network. Training and calibration read split 0, choices split 1, the table split 2.
+
+    python benchmarks/compose.py --data FOLDER --output benchmarks/results/compose.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save_file
+
+from sigmab_plugin.cli import main as sigmab
+from sigmab_plugin.models import load_mlperf_ds_cnn
+
+WORDS = ("down", "no", "up", "yes")
+
+TREE = {"algorithm": "sigmab", "levels": ["block2", "block3"], "head": "pool", "projection_dim": 16}
+DEPTH = {
+    "algorithm": "depth_pruning",
+    "cut": "block3",
+    "freeze": False,
+    "epochs": [4, 2],
+    "learning_rates": [2e-3, 5e-4],
+}
+PRUNE = {"algorithm": "torch_pruning", "pruning_ratio": 0.25}
+MASKS = {
+    "algorithm": "mix_and_match",
+    "scores": ["magnitude"],
+    "strategies": ["min", "midpoint", "alpha_0.7"],
+    "sparsities": [0.5, 0.7],
+    "small_layer_parameters": 500,
+    "finetune_epochs": 2,
+    "finetune_lr": 0.002,
+}
+CODEBOOK = {
+    "algorithm": "legonet",
+    "codebook_size": 256,
+    "scale": "row",
+    "reestimate_batchnorm": True,
+    "finetune_epochs": 3,
+}
+LEAVES = {"algorithm": "depth_pruning", "epochs": [4, 2], "learning_rates": [5e-3, 1e-3]}
+
+RUNS: dict[str, list[dict[str, Any]]] = {
+    "depth pruning": [DEPTH],
+    "Torch-Pruning": [PRUNE],
+    "SigmaB": [TREE],
+    "depth pruning -> SigmaB": [DEPTH, {**TREE, "head": "auxiliary_head"}],
+    "Torch-Pruning -> SigmaB": [PRUNE, TREE],
+    "SigmaB -> Mix-and-Match": [TREE, MASKS],
+    "SigmaB -> LegoNet": [TREE, CODEBOOK],
+    "SigmaB -> depth-pruned leaves": [TREE, LEAVES],
+    "Torch-Pruning -> SigmaB -> Mix-and-Match": [PRUNE, TREE, MASKS],
+}
+
+
+def prepare(source: Path, work: Path, train_clips: int | None, seed: int) -> None:
+    """Clips as ``(N, 1, 49, 10)`` float32 by split, and the dense network's weights."""
+    work.mkdir(parents=True, exist_ok=True)
+    archive = np.load(source / "kws_sc2_mfcc_int8.npz")
+    words = [str(word) for word in archive["words"]]
+    columns = [words.index(word) for word in WORDS]
+    scale, zero = float(archive["scale"]), float(archive["zero_point"])
+    values = ((archive["yesnoupdown_x"].astype(np.float32) - zero) * scale)[:, None]
+    targets = np.searchsorted(np.array(columns), archive["yesnoupdown_y"]).astype(np.int64)
+    splits: dict[str, np.ndarray] = {"classes": np.array(WORDS)}
+    for number, name in enumerate(("train", "val", "test")):
+        rows = np.flatnonzero(archive["yesnoupdown_split"] == number)
+        if name == "train":
+            rows = np.random.default_rng(seed).permutation(rows)[:train_clips]
+        splits[f"{name}_x"], splits[f"{name}_y"] = values[rows], targets[rows]
+    np.savez(work / "keywords.npz", **splits)  # type: ignore[arg-type]
+
+    model, _ = load_mlperf_ds_cnn(source / "checkpoints" / "kws_dscnn_mlperf.safetensors")
+    dense = model.state_dict()
+    dense.update({name: dense[name][columns].clone() for name in ("fc.weight", "fc.bias")})
+    save_file(dense, str(work / "dense.safetensors"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/cache/compose"))
+    parser.add_argument("--train-clips", type=int, help="clips to train on (default: all 12 440)")
+    parser.add_argument("--epochs", type=int, default=5, help="fine-tuning after each restructuring")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    prepare(arguments.data, arguments.work, arguments.train_clips, arguments.seed)
+    config = {
+        "title": "Techniques on top of each other: DS-CNN, four keywords",
+        "model": "sigmab_plugin.models.ds_cnn:DSCNN",
+        "model_args": {"num_classes": 4},
+        "weights": "dense.safetensors",
+        "data": "keywords.npz",
+        "validation_split": "val",
+        "epochs": arguments.epochs,
+        "finetune": {
+            "optimizer": "adam",
+            "lr": 2e-3,
+            "weight_decay": 0.0,
+            "batch_size": 64,
+            "warmup_epochs": 0.5,
+            "label_smoothing": 0.0,
+            "distillation_weight": 1.0,
+        },
+        "runs": [{"name": name, "compression": sections} for name, sections in RUNS.items()],
+    }
+    file = arguments.work / "many.json"
+    file.write_text(json.dumps(config, indent=1) + "\n")
+    out = arguments.work / "out"
+    start = time.time()
+    words = [
+        "compare",
+        "--config",
+        str(file),
+        "--out",
+        str(out),
+        "--threads",
+        "1",
+        "--seed",
+        str(arguments.seed),
+    ]
+    code = sigmab(words)
+    if code:
+        return code
+    report = json.loads((out / "report.json").read_text())
+    content = {
+        "benchmark": "compose",
+        "command": "python " + " ".join(sys.argv),
+        "data": "yes, no, up, down of Speech Commands v2, speakers disjoint across splits; accuracy on test",
+        "seconds_of_last_call": round(time.time() - start, 1),
+        "config": config,
+        **{key: report[key] for key in ("rows", "facts", "provenance", "notes")},
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
