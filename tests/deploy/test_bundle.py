@@ -124,9 +124,14 @@ def test_existing_directories_are_respected(bundle: Path, tmp_path: Path) -> Non
 
 def test_a_failed_export_leaves_nothing_and_keeps_the_old(own_bundle: Path) -> None:
     before = (own_bundle / "manifest.json").read_bytes()
-    with pytest.raises(RuntimeError, match="power"), atomic_directory(own_bundle, overwrite=True) as work:
-        (work / "half").write_text("written")
-        raise RuntimeError("power failed")
+
+    def interrupted() -> None:
+        with atomic_directory(own_bundle, overwrite=True) as work:
+            (work / "half").write_text("written")
+            raise RuntimeError("power failed")
+
+    with pytest.raises(RuntimeError, match="power"):
+        interrupted()
     assert (own_bundle / "manifest.json").read_bytes() == before
     assert [p.name for p in own_bundle.parent.iterdir()] == [own_bundle.name]
 

@@ -30,15 +30,15 @@ INLINE_BYTES = 256
 OPSET = 18
 
 
-def require(name: str) -> Any:
-    """Import an optional library by name."""
+def require(name: str, extra: str = "'sigmab-plugin[deploy]'") -> Any:
+    """Import an optional library by name; ``extra`` is what pip installs it by."""
     import importlib
 
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingDependencyError(
-            f"this export needs {name}; install it with: pip install 'sigmab-plugin[deploy]'"
+            f"this export needs {name}; install it with: pip install {extra} ({error})"
         ) from error
 
 

@@ -109,7 +109,8 @@ def _graph(
     if not path:  # the model's own inputs keep their names
         names.update({value.name: value.name for value in model.graph.input})
     nodes = [_renamed(node, names, prefix) for node in model.graph.node]
-    initializers, order = [], {}
+    initializers: list[onnx.TensorProto] = []
+    order: dict[str, int] = {}
     for position, node in enumerate(model.graph.node):
         for name in node.input:
             order.setdefault(name, position)

@@ -17,6 +17,8 @@ LIBRARIES = ()
 
 
 class _OverWeights(nn.Module):
+    _body: nn.Module
+
     """``source``'s module as a function of its weights; 16-bit weights are widened before use."""
 
     def __init__(self, source: NodeSource) -> None:

@@ -1,0 +1,155 @@
+"""Every format and precision: export, run, compare with hard routing; the graphs hold what they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sigmab_plugin.deploy import Runner, export, export_chain, export_single_file, read_manifest
+from sigmab_plugin.errors import CalibrationError, FormatError, ModelError
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+Expected = tuple[Tensor, Tensor]
+
+
+def logits_of(
+    directory: Path, images: Tensor, **options: Any
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    with Runner(directory, threads=1, **options) as runner:
+        result = runner.run(images)
+        singles = np.concatenate([runner(image[None]) for image in images[:5]])
+    np.testing.assert_allclose(singles, result.logits[:5], atol=1e-6)
+    return result.logits, result.leaves
+
+
+@pytest.mark.slow
+def test_onnx_runtime_agrees_with_torch(onnx_bundle: Path, images: Tensor, expected: Expected) -> None:
+    logits, leaves = logits_of(onnx_bundle, images)
+    np.testing.assert_allclose(logits, expected[0].numpy(), atol=1e-4)
+    np.testing.assert_array_equal(leaves, expected[1].numpy())
+
+
+@pytest.mark.slow
+def test_each_node_is_also_an_ordinary_onnx_file(onnx_bundle: Path, net: Any, images: Tensor) -> None:
+    """``.onnx`` with external data in the same region, for tools that know nothing of bundles."""
+    manifest = read_manifest(onnx_bundle)
+    frontier = images[:3].numpy()
+    for node in manifest.path_nodes("0/1"):
+        file, _, _ = node.extra["files"]["onnx"]
+        onnx.checker.check_model(str(onnx_bundle / file))
+        session = ort.InferenceSession(str(onnx_bundle / file), providers=["CPUExecutionProvider"])
+        assert [i.name for i in session.get_inputs()] == [v.name for v in node.inputs]
+        frontier = session.run(None, {node.inputs[0].name: frontier})[0]
+    with torch.no_grad():
+        value = net.specializers["0_1"](net.specializers["0"](net.backbone(images[:3])))
+        np.testing.assert_allclose(frontier, net.heads["0_1"](value).numpy(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_openvino_agrees_with_torch(net: Any, images: Tensor, expected: Expected, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    export(net, images[:2], tmp_path / "b", format="openvino")
+    budget = 2 * max(read_manifest(tmp_path / "b").path_bytes().values())  # the plug-in keeps a second copy
+    logits, leaves = logits_of(tmp_path / "b", images, budget_bytes=budget)
+    np.testing.assert_allclose(logits, expected[0].numpy(), atol=1e-4)
+    np.testing.assert_array_equal(leaves, expected[1].numpy())
+
+
+@pytest.mark.slow
+def test_single_file_agrees_with_torch(net: Any, images: Tensor, expected: Expected, tmp_path: Path) -> None:
+    file = export_single_file(net, images[:1], tmp_path / "net.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.weights"]
+    onnx.checker.check_model(str(file))
+    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    logits = np.concatenate([session.run(None, {"input": x[None].numpy()})[0] for x in images])
+    np.testing.assert_allclose(logits, expected[0].numpy(), atol=1e-4)
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    logits = np.concatenate([compiled([x[None].numpy()])[0] for x in images])
+    np.testing.assert_allclose(logits, expected[0].numpy(), atol=1e-4)
+
+
+def part() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 20, 3),
+        nn.BatchNorm2d(20),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(80, 10),
+    ).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "layout", "error", "stored"),
+    [
+        ("fp32", "native", 1e-4, 4),
+        ("fp16", "portable", 2e-3, 2),
+        ("fp16", "native", 2e-3, 2),
+        ("int8-weights", "portable", 2e-2, 1),
+        ("int4-weights", "portable", 0.2, 0.75),
+    ],
+)
+def test_precisions(precision: str, layout: str, error: float, stored: float, tmp_path: Path) -> None:
+    """Relative error of the logits, and bytes per weight with the scales (one per 32 weights at 4 bits)."""
+    model = part()
+    x = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    manifest = export_chain([model], x, tmp_path / "b", precision=precision, layout=layout)
+    with torch.no_grad():
+        wanted = model(x).numpy()
+    with Runner(tmp_path / "b", threads=1) as runner:
+        logits = runner(x)
+    assert np.abs(logits - wanted).max() / np.abs(wanted).max() < error
+    if layout == "portable":
+        weights = 20 * 27 + 800
+        assert manifest.nodes[0].weights.used <= stored * weights + 300
+
+
+@pytest.mark.slow
+def test_a_native_layout_is_refused_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_chain([part()], torch.zeros(2, 3, 12, 12), tmp_path / "b", layout="native")
+    manifest = (tmp_path / "b" / "manifest.json").read_text()
+    width = read_manifest(tmp_path / "b").requires["vector_width"]
+    other = {8: 16}.get(width, 8)
+    (tmp_path / "b" / "manifest.json").write_text(
+        manifest.replace(f'"vector_width": {width}', f'"vector_width": {other}')
+    )
+    with pytest.raises(FormatError, match=f"vectors of {other} floats, this machine has {width}"):
+        Runner(tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_static_int8_is_calibrated_leaf_by_leaf(
+    net: Any, images: Tensor, expected: Expected, tmp_path: Path
+) -> None:
+    with pytest.raises(CalibrationError, match="no calibration sample reaches"):
+        export(net, images[:2], tmp_path / "b", precision="int8", calibration_data=[images[:1]])
+    manifest = export(net, images[:2], tmp_path / "b", precision="int8", calibration_data=[images])
+    graph = onnx.load(str(tmp_path / "b" / manifest.node("0/0").program.file), load_external_data=False).graph
+    assert sum(node.op_type == "QLinearConv" for node in graph.node) == 2
+    assert {t.dtype for t in manifest.node("0/0").weights.tensors} <= {"int8", "int32", "float32"}
+    logits, leaves = logits_of(tmp_path / "b", images)
+    same = leaves == expected[1].numpy()
+    assert same.mean() > 0.8
+    scale = np.abs(expected[0].numpy()).max()
+    assert np.abs(logits - expected[0].numpy())[same].max() < 0.05 * scale
+
+
+class _NoOnnx(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.lstsq(x.transpose(0, 1) @ x, x.transpose(0, 1)).solution.transpose(0, 1)
+
+
+@pytest.mark.slow
+def test_an_operation_without_onnx_form_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"node 'root' \(backbone\) cannot be exported to ONNX: .*lstsq"):
+        export_chain([_NoOnnx(), nn.Linear(3, 2)], torch.randn(4, 3), tmp_path / "b")
