@@ -14,7 +14,7 @@ from sigmab_plugin.channels import ChannelGroup, slice_module, slices_of
 from sigmab_plugin.channels.groups import Member
 from sigmab_plugin.channels.slicing import named_tensors
 from sigmab_plugin.tree.allocation import top_channels
-from sigmab_plugin.tree.build import prepare
+from sigmab_plugin.tree.prepare import prepare
 from sigmab_plugin.tree.segments import call
 
 from ..zoo import CASES, Case

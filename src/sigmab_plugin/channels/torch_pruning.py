@@ -4,7 +4,7 @@ The tail of a network (its levels and its head) is traced on a copy that is thro
 user's model keeps its mode, its gradients' flags and its hooks, and the autograd graph that the
 DependencyGraph holds is freed. What remains is plain data.
 
-Between segments the trace passes through :class:`ChannelAnchor`, a layer with one factor per channel.
+Between segments the trace passes through :class:`~.anchors.ChannelAnchor`, a layer with one factor per channel.
 It tells which positions of a frontier belong to which channels of a group, and it gives values
 without a layer of their own (coordinates) the width that a concatenation needs to be indexed right.
 """
@@ -24,89 +24,12 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, ModelError
+from .anchors import Chain, ChannelAnchor, anchor_pruner, as_tuple
 from .groups import ChannelGroup, Member
 from .layouts import Layout, layout_of
 from .probe import Prober
 
 _log = logging.getLogger(__name__)
-
-
-class ChannelAnchor(nn.Module):
-    """x * 1 per channel: the identity, visible to the DependencyGraph as a layer of known width."""
-
-    def __init__(self, channels: int, dim: int, ndim: int) -> None:
-        super().__init__()
-        self.channels = channels
-        shape = [1] * (ndim - dim)
-        shape[0] = channels
-        self.scale = nn.Parameter(torch.ones(shape))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale.to(x.dtype)
-
-
-class _Anchors(nn.Module):
-    """Anchors every floating-point tensor of a frontier; ``dims[i]`` is its channel dimension."""
-
-    def __init__(self, frontier: tuple[Any, ...], dims: Sequence[int | None]) -> None:
-        super().__init__()
-        self.items = nn.ModuleList(
-            ChannelAnchor(value.shape[dim], dim, value.ndim) if dim is not None else nn.Identity()
-            for value, dim in zip(frontier, dims, strict=True)
-        )
-
-    def forward(self, *frontier: Any) -> tuple[Any, ...]:
-        return tuple(
-            item(value) if isinstance(item, ChannelAnchor) else value
-            for item, value in zip(self.items, frontier, strict=True)
-        )
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-class _Chain(nn.Module):
-    """Levels and head in a row, with anchors before each segment and behind the last one."""
-
-    def __init__(
-        self,
-        tail: Sequence[nn.Module],
-        frontier: Any,
-        channel_dim: Callable[[Any, int], int],
-        output_transform: Callable[[Any], Any] | None,
-    ) -> None:
-        super().__init__()
-        self.segments = nn.ModuleList(tail)
-        self._output_transform = output_transform or (lambda output: output)
-        anchors: list[_Anchors] = []
-        with torch.no_grad():
-            for segment in (*tail, None):
-                if segment is None:
-                    frontier = self._output_transform(frontier)
-                values = _as_tuple(frontier)
-                dims = [
-                    channel_dim(values, i)
-                    if torch.is_tensor(v) and v.is_floating_point() and v.ndim > 1
-                    else None
-                    for i, v in enumerate(values)
-                ]
-                anchors.append(
-                    _Anchors(values, dims).to(next(v for v in values if torch.is_tensor(v)).device)
-                )
-                if segment is not None:
-                    frontier = segment(*values)
-                elif len(values) != 1 or dims[0] is None:
-                    raise ModelError(
-                        "the model must return one tensor of logits (B, classes); wrap it, or pass output_transform="
-                    )
-        self.anchors = nn.ModuleList(anchors)
-
-    def forward(self, *inputs: Any) -> Any:
-        frontier: Any = inputs
-        for anchors, segment in zip(self.anchors[:-1], self.segments, strict=True):
-            frontier = segment(*anchors(*_as_tuple(frontier)))
-        return self.anchors[-1](*_as_tuple(self._output_transform(frontier)))[0]
 
 
 @dataclass(frozen=True)
@@ -158,9 +81,9 @@ def collect_groups(
             target.grad = source.grad.detach().clone()
     with _traceable(copied), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
-        detached = tuple(v.detach() if torch.is_tensor(v) else v for v in _as_tuple(frontier))
-        chain = _Chain(list(copied), detached, channel_dim, output_transform)
-        pruners: dict[type[nn.Module], Any] = {ChannelAnchor: _anchor_pruner(tp)}
+        detached = tuple(v.detach() if torch.is_tensor(v) else v for v in as_tuple(frontier))
+        chain = Chain(list(copied), detached, channel_dim, output_transform)
+        pruners: dict[type[nn.Module], Any] = {ChannelAnchor: anchor_pruner(tp)}
         pruners.update(customized_pruners or {})
         # Torch-Pruning's own keyword takes a list of pairs, whatever its annotation says.
         unwrapped = [(_counterpart(originals, p), dim) for p, dim in (unwrapped_parameters or [])]
@@ -190,7 +113,7 @@ def collect_groups(
 class _Reader:
     """Turns Torch-Pruning's groups of one graph into plain data."""
 
-    def __init__(self, graph: Any, chain: _Chain, ignored: Sequence[Any], prober: Prober) -> None:
+    def __init__(self, graph: Any, chain: Chain, ignored: Sequence[Any], prober: Prober) -> None:
         self.graph, self.chain, self.prober = graph, chain, prober
         self.names: dict[Any, tuple[int, str]] = {}
         self.parameters: dict[int, tuple[int, str]] = {}
@@ -382,23 +305,6 @@ def _without_conflicts(groups: Sequence[ChannelGroup]) -> Iterator[ChannelGroup]
             yield ChannelGroup(**{**vars(group), "complete": "two groups claim its channels"})
         else:
             yield group
-
-
-def _anchor_pruner(tp: Any) -> Any:
-    base = tp.pruner.function.BasePruningFunc if hasattr(tp.pruner, "function") else tp.BasePruningFunc
-
-    class AnchorPruner(base):  # type: ignore[misc, valid-type]
-        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-            raise RuntimeError("anchors exist while tracing only")
-
-        prune_in_channels = prune_out_channels
-
-        def get_out_channels(self, layer: ChannelAnchor) -> int:
-            return layer.channels
-
-        get_in_channels = get_out_channels
-
-    return AnchorPruner()
 
 
 @contextmanager

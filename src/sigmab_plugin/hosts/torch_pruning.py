@@ -12,9 +12,10 @@ from torch import nn
 
 from ..config import SigmaBConfig, WidthSpec
 from ..errors import ConfigError, ModelError
-from ..tree.build import Allocation, Builder, prepare
+from ..tree.build import Allocation, Builder
 from ..tree.calibration import Calibration
 from ..tree.net import SigmaBNet
+from ..tree.prepare import prepare
 from ..tree.twin import StaticTwin, build_twin
 
 _log = logging.getLogger(__name__)

@@ -5,28 +5,23 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..channels import ChannelGroup, slice_module, slices_of
-from ..channels.probe import Prober
-from ..channels.slicing import named_tensors
-from ..channels.torch_pruning import check_not_shared, collect_groups
-from ..config import SigmaBConfig
-from ..errors import CalibrationError, ConfigError, ModelError
+from ..channels import ChannelGroup, slice_module
+from ..errors import CalibrationError, ConfigError
 from ..tuning.distributed import all_gather_rows
-from .allocation import check_widths, filter_norms, split_channels, top_channels, width_of
+from .allocation import split_channels, top_channels
 from .calibration import Calibration
 from .clustering import spherical_kmeans
-from .modality import Modality, detect
 from .net import Router, SigmaBNet
 from .plan import BranchPlan, Plan, SplitPlan, child, paths_at, prefixes
-from .segments import Segments, call, chain, cut
+from .prepare import Prepared, channel_means
+from .segments import Segments, call
 from .statistics import collect_level, evaluating
-from .widths import solve_scale
 
 _log = logging.getLogger(__name__)
 
@@ -43,132 +38,6 @@ class Allocation:
     samples: int
     keep: dict[str, torch.Tensor]
     shared: dict[str, torch.Tensor]
-
-
-@dataclass
-class Prepared:
-    """A dense model, cut and understood, ready to be restructured or to give its static twin."""
-
-    segments: Segments
-    example: Any
-    modalities: tuple[Modality, ...]
-    features: tuple[int, ...]
-    groups: tuple[ChannelGroup, ...]
-    scores: dict[str, torch.Tensor]
-    prober: Prober | None
-    config: SigmaBConfig
-    scale: float = 1.0
-    shapes: tuple[dict[str, tuple[int, ...]], ...] = field(default=())
-
-    @property
-    def depth(self) -> int:
-        return len(self.segments.levels)
-
-    def owned(self, segment: int) -> list[ChannelGroup]:
-        return [g for g in self.groups if g.owner == segment and g.prunable]
-
-    def width(self, group: ChannelGroup, branch: str) -> int:
-        return width_of(
-            group,
-            config=self.config,
-            branch=branch,
-            level=self.segments.names[group.owner],
-            branches=2 ** min(group.owner + 1, self.depth),
-            scale=self.scale,
-        )
-
-    def sliced(self, number: int, keep: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[str, Any]]:
-        """Segment ``number`` of the tail with only the kept channels, and its special attributes."""
-        module = self.segments.tail[number]
-        slices = slices_of(self.groups, keep, segment=number, shapes=self.shapes[number + 1])
-        attributes = self.prober.attributes(module, keep, segment=number) if self.prober is not None else {}
-        return slice_module(module, slices, attributes=attributes), attributes
-
-
-def prepare(
-    model: nn.Module | None,
-    example_inputs: Any,
-    *,
-    config: SigmaBConfig,
-    segments: Sequence[nn.Module] | None = None,
-    importance: Callable[[Any], torch.Tensor | None] | None = None,
-    ignored_layers: Sequence[Any] | None = None,
-    customized_pruners: Mapping[type[nn.Module], Any] | None = None,
-    unwrapped_parameters: Sequence[tuple[nn.Parameter, int]] | None = None,
-    root_module_types: Sequence[type] | None = None,
-    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
-    output_transform: Callable[[Any], Any] | None = None,
-) -> Prepared:
-    """Cut the model, read one example through it, and collect its channel groups.
-
-    Raises:
-        ConfigError: a level or head name cannot be used, or widths name nothing.
-        ModelError: the model cannot be cut or traced.
-    """
-    if segments is not None:
-        pieces = chain(segments)
-    else:
-        assert model is not None
-        pieces = cut(model, levels=config.levels, head=config.head)
-    modules = [pieces.backbone, *pieces.tail]
-    check_not_shared(modules)
-    with evaluating(modules):
-        frontier = (
-            forward_fn(pieces.backbone, example_inputs)
-            if forward_fn
-            else call(pieces.backbone, example_inputs)
-        )
-        first = frontier
-        modalities: list[Modality] = []
-        features: list[int] = []
-        for segment in pieces.tail:
-            kind = detect(frontier, segment.modules())
-            modalities.append(kind)
-            features.append(kind.pool(frontier).shape[1])
-            frontier = call(segment, frontier)
-    collected = collect_groups(
-        pieces.tail,
-        first,
-        channel_dim=modalities[0].channel_dim,
-        output_transform=output_transform,
-        importance=importance,
-        ignored_layers=ignored_layers,
-        customized_pruners=customized_pruners,
-        unwrapped_parameters=unwrapped_parameters,
-        root_module_types=root_module_types,
-    )
-    shapes = tuple({name: tuple(t.shape) for name, t in named_tensors(m).items()} for m in modules)
-    tensors = {(i, name): t for i, m in enumerate(pieces.tail) for name, t in named_tensors(m).items()}
-    scores = {g.name: collected.scores.get(g.name, None) for g in collected.groups if g.prunable}
-    prepared = Prepared(
-        segments=pieces,
-        example=example_inputs,
-        modalities=tuple(modalities),
-        features=tuple(features),
-        groups=collected.groups,
-        scores={
-            g.name: score if (score := scores[g.name]) is not None else filter_norms(g, tensors)
-            for g in collected.groups
-            if g.prunable
-        },
-        prober=collected.prober,
-        config=config,
-        shapes=shapes,
-    )
-    check_widths(config, collected.groups, pieces.names)
-    for number, name in enumerate(pieces.names[:-1]):
-        if not prepared.owned(number):
-            reasons = "; ".join(
-                f"{g.name}: {g.complete}" for g in collected.groups if g.owner in (-1, number)
-            )
-            raise ModelError(f"level {name!r} has no channels that can be split. {reasons}")
-    for group in collected.groups:
-        produced = {m.segment for m in group.members if m.role == "out"}
-        if group.complete and produced - {prepared.depth}:
-            _log.info("%s keeps all %d channels: %s", group.name, group.size, group.complete)
-    if config.active_ratio is not None:
-        prepared.scale = solve_scale(prepared)
-    return prepared
 
 
 def _node_seed(seed: int, path: str) -> int:
@@ -399,20 +268,6 @@ def _check_kept(group: ChannelGroup, index: torch.Tensor | None, length: int, pa
             )
     if len(index) != length:
         _log.info("%s: %d channels instead of the %d planned", where, len(index), length)
-
-
-def channel_means(group: ChannelGroup, means: torch.Tensor, frontier: int) -> torch.Tensor:
-    """Mean activation of a group's channels from means over a frontier's positions, (2, C).
-
-    A channel that holds several positions (a flattened feature map) gets their mean.
-    """
-    # The group may leave its segment only later on (a stream that crosses this cut unchanged).
-    member = group.frontiers[frontier if frontier in group.frontiers else min(group.frontiers)]
-    positions, channels = member.pairs(group.size)
-    sums = means.new_zeros(means.shape[0], group.size)
-    sums.index_add_(1, channels, means[:, positions])
-    counts = torch.bincount(channels, minlength=group.size).clamp(min=1)
-    return sums / counts
 
 
 def _rounded(values: torch.Tensor) -> tuple[float, ...]:

@@ -11,9 +11,9 @@ from torch import nn
 from ..channels import slice_module
 from ..config import SigmaBConfig
 from .allocation import top_channels
-from .build import Prepared, channel_means, prepare
 from .calibration import Calibration
 from .plan import paths_at, prefixes
+from .prepare import Prepared, channel_means, prepare
 from .segments import call
 from .statistics import evaluating
 
@@ -48,7 +48,7 @@ def static_twin(
     SigmaB's branches. Where branches differ in width, the largest leaf's widths are taken.
 
     Args:
-        options: tracing options, as in :func:`sigmab_plugin.tree.build.prepare`.
+        options: tracing options, as in :func:`sigmab_plugin.tree.prepare.prepare`.
 
     Raises:
         ConfigError, ModelError, CalibrationError: as for ``SigmaBPruner``.

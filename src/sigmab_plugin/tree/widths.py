@@ -14,7 +14,7 @@ from .allocation import top_channels
 from .plan import paths_at, prefixes
 
 if TYPE_CHECKING:
-    from .build import Prepared
+    from .prepare import Prepared
 
 
 def path_parameters(prepared: Prepared, *, scale: float, leaf: str) -> int:
