@@ -261,9 +261,12 @@ def _read_pruners() -> dict[str, EntryPoint]:
     return found
 
 
-# What pyproject.toml declares, for use without the package's metadata.
+# What pyproject.toml declares (name -> module of this package), for use without the package's metadata.
 OWN_PRUNERS = {
     "SigmaBPruner": "torch_pruning",
+    "MixAndMatchPruner": "torch_pruning_techniques",
+    "LegoNetPruner": "torch_pruning_techniques",
+    "DepthPruner": "torch_pruning_depth",
 }
 
 
