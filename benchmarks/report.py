@@ -4,7 +4,8 @@
     python benchmarks/report.py --write README.md  # put them between the markers
     python benchmarks/report.py --check README.md  # fail if a table there differs from the results
 
-Markers: ``<!-- results: NAME -->`` … ``<!-- end results -->``, NAME being a folder of ``benchmarks/results``.
+Markers: ``<!-- results: NAME -->`` … ``<!-- end results -->`` hold everything about one experiment, NAME being a folder
+of ``benchmarks/results``; ``<!-- results:begin -->`` … ``<!-- results:end -->`` hold the short table of each.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ COLUMNS = (
     "bytes read",
     "balance",
 )
+_SUMMARY = re.compile(r"(<!-- results:begin -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 _BLOCK = re.compile(r"(<!-- results: (?P<name>[\w.-]+) -->\n)(?P<body>.*?)(<!-- end results -->)", re.DOTALL)
 
 
 def read_results(folder: Path) -> dict[str, list[Result]]:
     """Result files of one experiment, by arm, in the order of the recipe."""
     found: dict[str, list[Result]] = {}
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("*-seed*.json")):
         record = json.loads(file.read_text())
         if record.get("format") != FORMAT:
             raise SystemExit(f"{file}: format {record.get('format')!r}; this report reads {FORMAT}")
@@ -65,9 +67,30 @@ def read_results(folder: Path) -> dict[str, list[Result]]:
     }
 
 
-def table(folder: Path) -> str:
-    """Markdown: one row per arm, and how the figures were made."""
+def details(folder: Path) -> str:
+    """Markdown: one row per arm, paired differences, what the average hides, and how the figures were made."""
     results = read_results(folder)
+    parts = [_table(results), *_differences(results), _robustness(results), _provenance(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(results: Path) -> str:
+    """Markdown: the table of every experiment and what its controls say."""
+    parts = []
+    for folder in _folders(results):
+        found = read_results(folder)
+        first = next(iter(found.values()))[0]
+        parts += [f"**{folder.name}**: {first['note']}.", _table(found), *_differences(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _folders(results: Path) -> list[Path]:
+    """Experiments that have results of this benchmark; other folders may lie beside them."""
+    return sorted(p for p in results.iterdir() if p.is_dir() and any(p.glob("*-seed*.json")))
+
+
+def _table(results: dict[str, list[Result]]) -> str:
+    """One row per arm."""
     dense = results.get("dense", [None])[0]
     lines = [
         f"| {' | '.join(COLUMNS)} |",
@@ -88,8 +111,7 @@ def table(folder: Path) -> str:
             spread([r["test"]["balance"] for r in runs], digits=2) if "balance" in runs[0]["test"] else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    parts = ["\n".join(lines), *_differences(results), _robustness(results), _provenance(results)]
-    return "\n\n".join(parts) + "\n"
+    return "\n".join(lines)
 
 
 def _robustness(results: dict[str, list[Result]]) -> str:
@@ -179,8 +201,9 @@ def _provenance(results: dict[str, list[Result]]) -> str:
 
 
 def fill(text: str, results: Path) -> str:
-    """``text`` with every marked block replaced by its table."""
-    return _BLOCK.sub(lambda m: f"{m[1]}{table(results / m['name'])}{m[4]}", text)
+    """``text`` with every marked block made anew."""
+    text = _BLOCK.sub(lambda m: f"{m[1]}{details(results / m['name'])}{m[4]}", text)
+    return _SUMMARY.sub(lambda m: f"{m[1]}{summary(results)}{m[3]}", text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.check or arguments.write:
         file = Path(arguments.write or arguments.check)
         text = file.read_text()
-        if not _BLOCK.search(text):
+        if not _BLOCK.search(text) and not _SUMMARY.search(text):
             raise SystemExit(f"{file}: no '<!-- results: NAME -->' block; add one where the table belongs")
         filled = fill(text, results)
         if arguments.write:
@@ -211,8 +234,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{file}: figures differ from {results}; run benchmarks/report.py --write {file}", file=sys.stderr
         )
         return 1
-    for folder in sorted(p for p in results.iterdir() if p.is_dir()):
-        print(f"## {folder.name}\n\n{table(folder)}")
+    for folder in _folders(results):
+        print(f"## {folder.name}\n\n{details(folder)}")
     return 0
 
 
