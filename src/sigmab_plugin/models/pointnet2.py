@@ -65,7 +65,7 @@ class TableMaxAggregation(Aggregation):
         if dim_size is None:
             raise ConfigError("TableMaxAggregation needs dim_size, the number of centres")
         # Not amax: its backward shares gradients among ties, at several times the cost.
-        return x.unflatten(0, (dim_size, -1)).max(dim=1).values
+        return x.view(dim_size, -1, x.shape[-1]).max(dim=1).values
 
 
 class SetAbstraction(nn.Module):
@@ -137,7 +137,8 @@ class GlobalSetAbstraction(nn.Module):
         self.mlp = _mlp(channels)
 
     def forward(self, x: Tensor, pos: Tensor, batch: Tensor) -> Tensor:
-        return global_max_pool(self.mlp(torch.cat([x, pos], dim=1)), batch)
+        pooled: Tensor = global_max_pool(self.mlp(torch.cat([x, pos], dim=1)), batch)
+        return pooled
 
 
 class PointNet2(nn.Module):
@@ -201,7 +202,8 @@ class PointNet2(nn.Module):
         x, pos, batch = self.sa1(x, pos, batch)
         x, pos, batch = self.sa2(x, pos, batch)
         x = self.sa3(x, pos, batch)
-        return self.head(self.fc1(x))
+        logits: Tensor = self.head(self.fc1(x))
+        return logits
 
 
 def _mlp(channels: Sequence[int]) -> MLP:

@@ -196,31 +196,56 @@ _Query = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], 
 @functools.lru_cache(maxsize=1)
 def _compiled() -> tuple[_Sample, _Query] | None:
     """Compiled farthest point sampling and ball query, or None; which one is used is logged once."""
-    if _importable("pyg_lib"):
-        ops: Any = torch.ops.pyg
-        if hasattr(ops, "fps") and hasattr(ops, "radius"):
-            _log.info("point clouds: pyg-lib's compiled kernels are used")
-
-            def radius_pyg(
-                p: Tensor, c: Tensor, pp: Tensor, cp: Tensor, b: Tensor, cb: Tensor, r: float, k: int
-            ) -> Tensor:
-                return ops.radius(p, c, pp, cp, r, k, 1, False).flip(0)
-
-            return (lambda p, ptr, b, ratio, start: ops.fps(p, ptr, ratio, start)), radius_pyg
+    if _importable("pyg_lib") and hasattr(torch.ops.pyg, "fps") and hasattr(torch.ops.pyg, "radius"):
+        _log.info("point clouds: pyg-lib's compiled kernels are used")
+        return _pyg_kernels(torch.ops.pyg)
     if _importable("torch_cluster"):
-        cluster: Any = importlib.import_module("torch_cluster")
         _log.info("point clouds: torch-cluster's compiled kernels are used")
-
-        def radius_cluster(
-            p: Tensor, c: Tensor, pp: Tensor, cp: Tensor, b: Tensor, cb: Tensor, r: float, k: int
-        ) -> Tensor:
-            return cluster.radius(p, c, r, b, cb, max_num_neighbors=k).flip(0)
-
-        return (
-            lambda p, ptr, b, ratio, start: cluster.fps(p, b, ratio=ratio, random_start=start)
-        ), radius_cluster
+        return _cluster_kernels(importlib.import_module("torch_cluster"))
     _log.info("point clouds: neither pyg-lib nor torch-cluster is installed, plain torch is used")
     return None
+
+
+def _pyg_kernels(ops: Any) -> tuple[_Sample, _Query]:
+    def sample(pos: Tensor, ptr: Tensor, batch: Tensor, ratio: float, random_start: bool) -> Tensor:
+        index: Tensor = ops.fps(pos, ptr, ratio, random_start)
+        return index
+
+    def query(
+        pos: Tensor,
+        centres: Tensor,
+        ptr: Tensor,
+        centre_ptr: Tensor,
+        batch: Tensor,
+        centre_batch: Tensor,
+        radius: float,
+        limit: int,
+    ) -> Tensor:
+        pairs: Tensor = ops.radius(pos, centres, ptr, centre_ptr, radius, limit, 1, False)
+        return pairs.flip(0)
+
+    return sample, query
+
+
+def _cluster_kernels(cluster: Any) -> tuple[_Sample, _Query]:
+    def sample(pos: Tensor, ptr: Tensor, batch: Tensor, ratio: float, random_start: bool) -> Tensor:
+        index: Tensor = cluster.fps(pos, batch, ratio=ratio, random_start=random_start)
+        return index
+
+    def query(
+        pos: Tensor,
+        centres: Tensor,
+        ptr: Tensor,
+        centre_ptr: Tensor,
+        batch: Tensor,
+        centre_batch: Tensor,
+        radius: float,
+        limit: int,
+    ) -> Tensor:
+        pairs: Tensor = cluster.radius(pos, centres, radius, batch, centre_batch, max_num_neighbors=limit)
+        return pairs.flip(0)
+
+    return sample, query
 
 
 def _importable(name: str) -> bool:
