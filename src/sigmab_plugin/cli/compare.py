@@ -117,8 +117,8 @@ def read_plan(file: Path) -> Plan:
 
 def run(args: argparse.Namespace) -> None:
     from .. import data
+    from ..hosts.nncf_schema import techniques as installed_techniques
     from ..hosts.torch_pruning_section import technique as torch_pruning
-    from ..techniques.compose import installed_techniques
     from .comparison import Comparison
     from .measure import example_of, say
 

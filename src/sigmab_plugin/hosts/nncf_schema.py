@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import TechniqueConfig
 from ..errors import ConfigError, MissingDependencyError
 from ..techniques.base import Technique
+from ..techniques.compose import order_problems
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 GROUP = "nncf.algorithms"
-
-#: Algorithms of NNCF's own that fix weights or add quantizers: nothing may be restructured after them.
-_FINAL = ("quantization", "weight_compression", "knowledge_distillation")
-#: They find their masks during training: before a restructuring there is nothing to carry over.
-_TRAINED = ("rb_sparsity", "movement_sparsity")
 
 
 class SectionError(ConfigError):
@@ -84,7 +80,9 @@ def techniques() -> dict[str, Technique]:
         try:
             technique = entry.load()
         except Exception as error:
-            _log.warning("entry point %s = %s of group %s cannot be loaded: %s", entry.name, entry.value, GROUP, error)
+            _log.warning(
+                "entry point %s = %s of group %s cannot be loaded: %s", entry.name, entry.value, GROUP, error
+            )
             continue
         if not isinstance(technique, Technique) or technique.name != entry.name:
             _log.warning(
@@ -113,7 +111,9 @@ def read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is no JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+        raise ConfigError(
+            f"{path} is no JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} must hold a JSON object with a key 'compression'")
     return loaded
@@ -145,46 +145,42 @@ def check(config: Mapping[str, Any]) -> tuple[Section, ...]:
         SectionError: an unknown key, a wrong value, a technique twice, or an order that cannot work.
     """
     entries = sections(config)
-    seen: dict[str, Section] = {}
     for section in entries:
         if section.technique is None:
             continue
-        if section.algorithm in seen:
-            raise SectionError(
-                f"{section.algorithm} stands in the list twice: {seen[section.algorithm]} and {section}. A network "
-                "is restructured once; put all options into one section."
-            )
-        seen[section.algorithm] = section
         try:
             config_of_section = section.config
         except ConfigError as error:
             raise SectionError(f"{section}: {error}") from error
         if section.algorithm == "sigmab":
             _check_tree(config_of_section, section)
-        _check_before(entries[: section.position], section)
+    _check_order(entries)
     return entries
 
 
 def _check_tree(config: Any, section: Section) -> None:
     for key in ("levels", "head"):
         if not getattr(config, key):
-            raise SectionError(f"{section}: {key!r} is missing; for a ResNet-50: levels ['layer3', 'layer4'], head 'fc'")
+            raise SectionError(
+                f"{section}: {key!r} is missing; for a ResNet-50: levels ['layer3', 'layer4'], head 'fc'"
+            )
 
 
-def _check_before(earlier: Sequence[Section], section: Section) -> None:
-    name = section.algorithm
-    for before in earlier:
-        if before.algorithm in _FINAL:
+def _check_order(entries: Sequence[Section]) -> None:
+    """The rules of :mod:`..techniques.compose`, where a technique is concerned; NNCF's own lists are NNCF's matter."""
+    for problem in order_problems([section.algorithm for section in entries]):
+        earlier, later = entries[problem.earlier], entries[problem.later]
+        if earlier.technique is None and later.technique is None:
+            continue
+        if earlier.algorithm == later.algorithm:
             raise SectionError(
-                f"{section} stands after {before}: it builds new layers, which would carry no "
-                f"{before.algorithm.replace('_', ' ')}. Put {name!r} before {before.algorithm!r}: "
-                f'[{{"algorithm": "{name}", ...}}, {{"algorithm": "{before.algorithm}", ...}}].'
+                f"{later.algorithm} stands in the list twice: {earlier} and {later}; {problem.reason}."
             )
-        if before.algorithm in _TRAINED:
-            raise SectionError(
-                f"{section} stands after {before}, which finds its masks during training and would have none yet. "
-                f"Put {name!r} before {before.algorithm!r}."
-            )
+        text = f"{later} stands after {earlier}: {problem.reason}."
+        if problem.proposal:
+            order = ", ".join(f'{{"algorithm": "{name}", ...}}' for name in problem.proposal)
+            text += f" Put {later.algorithm!r} before {earlier.algorithm!r}: [{order}]."
+        raise SectionError(text)
 
 
 def module_path(scope: str) -> str:

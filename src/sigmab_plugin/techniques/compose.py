@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
@@ -20,8 +19,6 @@ from ..errors import ConfigError
 from .base import Context, Technique
 
 logger = logging.getLogger(__name__)
-
-GROUP = "nncf.algorithms"
 
 #: What changes the layers themselves.
 RESTRUCTURING = ("depth_pruning", "torch_pruning", "filter_pruning", "sigmab")
@@ -78,7 +75,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("rb_sparsity", "movement_sparsity"),
         (*RESTRUCTURING, "mix_and_match", "legonet"),
-        "the masks before it are found during training, so there are none yet",
+        "the one before finds its masks during training and would have none yet",
     ),
     Rule(
         ("mix_and_match",),
@@ -146,18 +143,23 @@ class OrderProblem:
         return text
 
 
-def order_problem(algorithms: Sequence[str]) -> OrderProblem | None:
-    """The first violation of :data:`RULES` in a list of algorithm names; None if there is none."""
-    for rule, earlier, later in _violations(algorithms):
-        proposal = () if rule.exclusive else sensible_order(algorithms)
-        return OrderProblem(tuple(algorithms), earlier, later, rule.reason, proposal)
-    return None
+def order_problems(algorithms: Sequence[str]) -> tuple[OrderProblem, ...]:
+    """Every violation of :data:`RULES` in a list of algorithm names, by the position of the later one."""
+    return tuple(
+        OrderProblem(
+            tuple(algorithms),
+            earlier,
+            later,
+            rule.reason,
+            () if rule.exclusive else sensible_order(algorithms),
+        )
+        for rule, earlier, later in _violations(algorithms)
+    )
 
 
 def check_order(algorithms: Sequence[str]) -> None:
     """Raise a :class:`ConfigError` that proposes the sensible order where a list makes no sense."""
-    problem = order_problem(algorithms)
-    if problem is not None:
+    for problem in order_problems(algorithms):
         raise ConfigError(str(problem))
 
 
@@ -194,23 +196,6 @@ class Step:
     seconds: float
 
 
-def installed_techniques() -> dict[str, Technique]:
-    """Algorithm name -> technique of every installed package that offers one.
-
-    One that cannot be loaded is left out, with a warning.
-    """
-    found: dict[str, Technique] = {}
-    for entry in entry_points(group=GROUP):
-        try:
-            technique = entry.load()
-        except Exception as error:
-            logger.warning("technique %s = %s cannot be loaded: %s", entry.name, entry.value, error)
-            continue
-        if isinstance(technique, Technique):
-            found.setdefault(entry.name, technique)
-    return found
-
-
 def parse_sections(
     sections: Sequence[Mapping[str, Any]], techniques: Mapping[str, Technique]
 ) -> list[tuple[Technique, TechniqueConfig]]:
@@ -240,7 +225,7 @@ def run_sections(
     sections: Sequence[Mapping[str, Any]],
     context: Context,
     *,
-    techniques: Mapping[str, Technique] | None = None,
+    techniques: Mapping[str, Technique],
     after_step: Callable[[Step], nn.Module] | None = None,
 ) -> list[Step]:
     """Carry a list of sections out, each on the network of the one before.
@@ -249,7 +234,7 @@ def run_sections(
         model: left as it was.
         sections: config-file sections, in order; all are checked before the first one runs.
         context: given to every technique.
-        techniques: algorithm name -> technique; those that are installed, where not given.
+        techniques: algorithm name -> technique.
         after_step: called after every section; the network that it returns goes on (fine-tuning).
 
     Returns:
@@ -258,7 +243,7 @@ def run_sections(
     Raises:
         ConfigError: see :func:`parse_sections`; and what the techniques raise.
     """
-    parsed = parse_sections(sections, techniques if techniques is not None else installed_techniques())
+    parsed = parse_sections(sections, techniques)
     steps: list[Step] = []
     network = model
     for technique, config in parsed:
