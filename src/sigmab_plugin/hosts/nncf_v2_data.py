@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from nncf.config import NNCFConfig
 from nncf.config.structures import BNAdaptationInitArgs, ModelEvaluationArgs, QuantizationRangeInitArgs
-from nncf.torch.initialization import wrap_dataloader_for_init
+from nncf.torch.initialization import PTInitializingDataLoader, wrap_dataloader_for_init
 from nncf.torch.nncf_network import NNCFNetwork
 from nncf.torch.structures import QuantizationPrecisionInitArgs
 from torch import nn
@@ -83,3 +83,28 @@ def _validate(config: NNCFConfig) -> Callable[[nn.Module], float] | None:
         return None
     struct: Any = config.get_extra_struct(ModelEvaluationArgs)
     return lambda model: float(struct.eval_fn(model))
+
+
+class BatchLoader(PTInitializingDataLoader):
+    """Any re-iterable of ``(inputs, targets)`` as NNCF's initializing loader; inputs are a tensor or a tuple."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        inputs, _ = next(iter(batches))
+        first = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
+        self._size = int(first.shape[0]) if torch.is_tensor(first) else 1
+        super().__init__(batches)
+
+    @property
+    def batch_size(self) -> int:
+        return self._size
+
+    def __len__(self) -> int:
+        return len(self._batches) if hasattr(self._batches, "__len__") else sum(1 for _ in self._batches)
+
+    def get_inputs(self, dataloader_output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        inputs = dataloader_output[0]
+        return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+    def get_target(self, dataloader_output: Any) -> Any:
+        return dataloader_output[1]

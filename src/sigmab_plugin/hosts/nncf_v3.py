@@ -199,7 +199,22 @@ def _runner(entry: Section) -> Runner:
     for key in entry.values:
         if key not in known:
             raise SectionError(f"{entry}: unknown key {key!r}. Known keys: {', '.join(sorted(known))}.")
+    _check_values(entry)
     return runners[entry.algorithm]
+
+
+def _check_values(entry: Section) -> None:
+    """Read the section's values now, so that a wrong one stops the call before anything has run."""
+    from .nncf_v3_parts import pruning_arguments, quantization_arguments, weight_compression_arguments
+
+    if entry.algorithm == "quantization":
+        quantization_arguments(entry, (), "ANY")
+    elif entry.algorithm == "weight_compression":
+        weight_compression_arguments(entry, ())
+    elif entry.algorithm == "magnitude_sparsity":
+        sparsity_target(entry)
+    else:
+        pruning_arguments(entry)
 
 
 _COMMON = {"algorithm", "ignored_scopes"}

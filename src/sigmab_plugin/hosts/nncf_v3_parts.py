@@ -335,10 +335,8 @@ def _prunable(module: nn.Module) -> list[torch.Tensor]:
     return [m.weight.detach().abs().flatten() for m in module.modules() if isinstance(m, kinds)]
 
 
-def prune_filters(
-    model: nn.Module, entry: Section, scopes: Sequence[str], example: tuple[Any, ...]
-) -> tuple[nn.Module, float]:
-    """``filter_pruning`` by Torch-Pruning: a smaller copy of ``model``, and the share of filters removed."""
+def pruning_arguments(entry: Section) -> tuple[float, Any]:
+    """Share of filters to remove, and Torch-Pruning's importance, of a ``filter_pruning`` section."""
     import torch_pruning as tp
 
     params = entry.values.get("params", {})
@@ -355,6 +353,17 @@ def prune_filters(
     kind = params.get("filter_importance", "L2")
     if kind not in importances:
         raise SectionError(f"{entry}: params.filter_importance must be one of {', '.join(importances)}; got {kind!r}")
+    return ratio, importances[kind]()
+
+
+def prune_filters(
+    model: nn.Module, entry: Section, scopes: Sequence[str], example: tuple[Any, ...]
+) -> tuple[nn.Module, float]:
+    """``filter_pruning`` by Torch-Pruning: a smaller copy of ``model``, and the share of filters removed."""
+    import torch_pruning as tp
+
+    params = entry.values.get("params", {})
+    ratio, importance = pruning_arguments(entry)
     result = copy.deepcopy(model)
     own = entry.values.get("ignored_scopes") or []
     patterns = [_pattern(scope) for scope in (*scopes, *([own] if isinstance(own, str) else own))]
@@ -371,7 +380,7 @@ def prune_filters(
     pruner = base(
         result,
         example,
-        importance=importances[kind](),
+        importance=importance,
         pruning_ratio=ratio,
         global_pruning=bool(params.get("all_weights", False)),
         ignored_layers=[*ignored, *(linear if convolutions else linear[-1:])],
