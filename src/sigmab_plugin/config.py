@@ -207,6 +207,11 @@ class SigmaBConfig(TechniqueConfig):
     round_to: int | None = option(None, "round widths down to a multiple of it", minimum=1)
     responsibility_weight: float = option(0.3, "lambda of eq. 8", minimum=0.0)
     responsibility_temperature: float = option(0.3, "tau_r of eq. 6", exclusiveMinimum=0.0)
+    inner_selection: str = option(
+        "norm",
+        "inner planes by norm, the same for both branches (the paper's way), or per cluster by activation",
+        enum=("norm", "activation"),
+    )
     partition: str = option("activation", "how specific channels are chosen", enum=("activation", "random"))
     kmeans_restarts: int = option(10, "restarts of spherical k-means", minimum=1)
     kmeans_iterations: int = option(100, "iterations of one restart at most", minimum=1)

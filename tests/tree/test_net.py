@@ -216,6 +216,24 @@ def test_random_partition_has_the_same_shape(net: SigmaBNet) -> None:
     assert other.plan.branches["0"] != net.plan.branches["0"]
 
 
+@pytest.mark.parametrize("name", ["resnet50", "vit", "pointnet2", "mobilenet_v2"])
+def test_inner_planes_per_cluster(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    by_norm = _build(case)
+    by_activation = _build(case, inner_selection="activation")
+    assert by_activation.parameter_counts() == by_norm.parameter_counts()
+    # The first level's outputs are chosen as before; its inner planes now differ between branches.
+    left, right = (by_activation.plan.branches[path].keep for path in ("0", "1"))
+    outputs = {g.name for g in by_norm.plan.groups if g.is_output()}
+    inner = [name for name in left if name not in outputs]
+    assert inner
+    assert any(left[group] != right[group] for group in inner)
+    same, other = (by_norm.plan.branches[path].keep for path in ("0", "1"))
+    assert all(same[group] == other[group] for group in inner)
+    assert all(left[group] == same[group] for group in left if group in outputs)
+    assert not any(m._forward_pre_hooks for m in by_activation.modules())
+
+
 def test_user_given_segments(tmp_path: Any) -> None:
     from sigmab_plugin import load, save
 

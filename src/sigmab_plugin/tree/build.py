@@ -17,6 +17,7 @@ from ..tuning.distributed import all_gather_rows
 from .allocation import split_channels, top_channels
 from .calibration import Calibration
 from .clustering import spherical_kmeans
+from .inner import InnerActivations
 from .net import Router, SigmaBNet
 from .plan import BranchPlan, Plan, SplitPlan, child, paths_at, prefixes
 from .prepare import Prepared, channel_means
@@ -99,15 +100,20 @@ class Builder:
         for path in paths:
             self.routers[path] = self._new_router(path, device)
         name = prepared.segments.names[level]
-        latents, nodes, spool = collect_level(
-            prepared.segments,
-            self.calibration,
-            prepared.modalities,
-            level=level,
-            descend=self._descend(level),
-            embed=lambda number, pooled: self.routers[paths[number]].projection(pooled),
-            progress=(lambda done: progress(name, done)) if progress else None,
-        )
+        planes = [g for g in prepared.owned(level) if not g.is_output()]
+        by_activation = self.config.inner_selection == "activation"
+        inner = InnerActivations(prepared.segments.levels[level], level, planes if by_activation else [])
+        with inner:
+            latents, nodes, spool = collect_level(
+                prepared.segments,
+                self.calibration,
+                prepared.modalities,
+                level=level,
+                descend=self._descend(level),
+                embed=lambda number, pooled: self.routers[paths[number]].projection(pooled),
+                inner=inner if by_activation else None,
+                progress=(lambda done: progress(name, done)) if progress else None,
+            )
         try:
             label = self._cluster(paths, latents, nodes)
             means = spool.mean_by(label, 2 * len(paths)).reshape(len(paths), 2, -1)
@@ -115,7 +121,7 @@ class Builder:
             spool.close()
         sizes = torch.bincount(all_gather_rows(label), minlength=2 * len(paths)).reshape(len(paths), 2)
         for number, path in enumerate(paths):
-            yield from self._split(level, path, means[number], sizes[number])
+            yield from self._split(level, path, means[number], sizes[number], inner.columns)
 
     def _new_router(self, path: str, device: torch.device) -> Router:
         prepared, config = self.prepared, self.config
@@ -182,7 +188,9 @@ class Builder:
             label[rows] = 2 * number + choice
         return label
 
-    def _split(self, level: int, path: str, means: torch.Tensor, sizes: torch.Tensor) -> Iterator[Allocation]:
+    def _split(
+        self, level: int, path: str, means: torch.Tensor, sizes: torch.Tensor, inner: Mapping[str, slice]
+    ) -> Iterator[Allocation]:
         prepared, config = self.prepared, self.config
         below = (child(path, 0), child(path, 1))
         keep: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
@@ -190,13 +198,16 @@ class Builder:
         activation: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
         for group in prepared.owned(level):
             widths = (prepared.width(group, below[0]), prepared.width(group, below[1]))
-            if not group.is_output():
+            if not group.is_output() and group.name not in inner:
                 for branch in (0, 1):
                     keep[branch][group.name] = top_channels(
                         prepared.scores[group.name], widths[branch], group.partitions
                     )
                 continue
-            values = channel_means(group, means, level + 1)
+            if group.is_output():
+                values = channel_means(group, means, level + 1)
+            else:
+                values = means[:, prepared.features[level + 1] :][:, inner[group.name]]
             activation[group.name] = (_rounded(values[0]), _rounded(values[1]))
             if config.partition == "random":
                 values = _random_like(values, _node_seed(config.seed, f"{path}:{group.name}"))

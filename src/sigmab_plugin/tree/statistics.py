@@ -18,6 +18,7 @@ from torch import nn
 
 from ..tuning.distributed import all_reduce_sum
 from .calibration import Calibration
+from .inner import InnerActivations
 from .modality import Modality
 from .segments import Segments, call
 
@@ -86,6 +87,7 @@ def collect_level(
     level: int,
     descend: Callable[[Any], Iterator[tuple[int, torch.Tensor, Any]]],
     embed: Callable[[int, torch.Tensor], torch.Tensor],
+    inner: InnerActivations | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Spool]:
     """Latents, node and dense activations of every calibration sample at one level.
@@ -95,9 +97,11 @@ def collect_level(
         descend: ``descend(backbone output)`` yields (node number at this depth, its samples' rows,
             the frontier there).
         embed: ``embed(node number, pooled)`` -> latents (n, D).
+        inner: records inner planes of the dense block, too.
 
     Returns:
-        latents (N, D), node number of each sample (N,), spooled activations (N, C).
+        latents (N, D), node number of each sample (N,), spooled activations (N, C): the block's
+        outputs, then the inner planes.
     """
     latents: list[torch.Tensor] = []
     nodes: list[torch.Tensor] = []
@@ -108,18 +112,22 @@ def collect_level(
         size = modalities[0].size(frontier)
         latent: torch.Tensor | None = None
         node = torch.zeros(size, dtype=torch.long)
-        for number, rows, value in descend(frontier):
+        for number, where, value in descend(frontier):
             part = embed(number, modalities[level].pool(value)).float().cpu()
             if latent is None:
                 latent = part.new_empty(size, part.shape[1])
-            latent[rows.cpu()] = part
-            node[rows.cpu()] = number
+            latent[where.cpu()] = part
+            node[where.cpu()] = number
         assert latent is not None
         latents.append(latent)
         nodes.append(node)
-        for block in segments.levels[: level + 1]:
+        for block in segments.levels[:level]:
             frontier = call(block, frontier)
-        spool.append(modalities[level + 1].pool(frontier))
+        outputs = call(segments.levels[level], frontier)
+        rows = modalities[level + 1].pool(outputs)
+        if inner is not None:
+            rows = torch.cat([rows, inner.rows(frontier, modalities[level])], dim=1)
+        spool.append(rows)
         done += size
         if progress is not None:
             progress(done)
