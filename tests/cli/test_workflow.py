@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,21 @@ def test_demo_goes_all_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(record["curves"]) == 3
     assert "sigmab demo --quick" in (out / "report.html").read_text(encoding="utf-8")
     assert (out / "net" / "plan.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_tree(tree: Path, tmp_path: Path) -> None:
+    """Under torchrun both processes share the work, and one of them writes."""
+    tuned = tmp_path / "tuned"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sigmab_plugin"]
+    words = ["finetune", str(tree), "--data", "digits", "--epochs", "1", "--no-twin", "--out", str(tuned)]
+    words += ["--json", "--threads", "1", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, *launch, *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["role"] for row in json.loads(done.stdout)["networks"]] == ["dense", "sigmab"]
+    record = json.loads((tuned / "log.json").read_text())["records"][0]
+    # 1,197 training digits, a tenth held back, in whole batches of 32 on each of two processes.
+    assert record["samples"] == 1024
+    assert sigmab_plugin.load(tuned, cifar_resnet18(**MODEL_ARGS)).leaves == ("0/0", "0/1", "1/0", "1/1")

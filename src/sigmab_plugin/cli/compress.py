@@ -69,7 +69,7 @@ def restructure(args: argparse.Namespace, device: Any) -> None:
     from ..tree import save, static_twin
     from ..tuning.distributed import is_main
     from .folder import record_of, save_twin
-    from .measure import Measured, collect, command_line, example_of, say, show
+    from .measure import Measured, SampleCounter, collect, command_line, example_of, say, show
 
     config = read_config(args)
     model = load_model(args).to(device)
@@ -77,7 +77,8 @@ def restructure(args: argparse.Namespace, device: Any) -> None:
     example = example_of(data, device)
     batches = Calibration(data, args, device)
     say(args, f"restructuring at {', '.join(config.levels)} over {batches.samples:,} samples")
-    net = SigmaBPruner(model, example, calibration_data=batches, config=config).step()
+    counter = SampleCounter(args, len(batches.order))
+    net = SigmaBPruner(model, example, calibration_data=batches, config=config, progress=counter).step()
     networks = [Measured("dense", "dense", model), Measured("SigmaB", "sigmab", net)]
     twin = None
     if args.twin:
@@ -118,8 +119,8 @@ def read_config(args: argparse.Namespace) -> SigmaBConfig:
         ]
         if others:
             raise ConfigError(
-                f'{args.config}: this command restructures with "sigmab"; {", ".join(others)} in the same file needs '
-                "the Python API or NNCF"
+                f'{args.config}: this command does "sigmab" alone, the file also has {", ".join(others)}; '
+                "`sigmab compare` and NNCF apply lists of techniques"
             )
         if len(sections) > 1:
             raise ConfigError(f"{args.config}: one sigmab section is enough, there are {len(sections)}")

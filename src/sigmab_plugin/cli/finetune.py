@@ -90,9 +90,16 @@ def train(args: argparse.Namespace, device: Any) -> None:
     samples, validation = split_data(open_data(args), args)
     example = example_of(samples, device)
     twin = None if args.no_twin else open_twin(args.folder, record, net, example, device)
-    share = {"rank": rank(), "world_size": world_size()}
     size = max(1, args.batch_size // world_size())
-    batches = make_loader(samples, batch_size=size, shuffle=True, seed=args.seed, drop_last=True, **share)
+    batches = make_loader(
+        samples,
+        batch_size=size,
+        shuffle=True,
+        seed=args.seed,
+        drop_last=True,
+        rank=rank(),
+        world_size=world_size(),
+    )
     held_out = None
     if validation is not None:
         # Every sample on exactly one rank: a padded share would count some twice.

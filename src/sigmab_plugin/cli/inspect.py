@@ -112,8 +112,8 @@ def describe(plan: Plan, sizes: dict[str, tuple[int, int]]) -> list[dict[str, An
             add("head", path, f"heads.{key}", dense_module=plan.config.head or "last segment")
             return
         add("router", path, f"routers.{key}", width=plan.config.projection_dim)
-        for branch in (0, 1):
-            visit(child(path, branch), depth + 1)
+        for number in (0, 1):
+            visit(child(path, number), depth + 1)
 
     add("backbone", "", "backbone", width=plan.feature_width(""))
     visit("", 0)

@@ -133,6 +133,21 @@ def say(args: argparse.Namespace, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+class SampleCounter:
+    """A line on the terminal that counts the samples of a pass; silent where nobody watches."""
+
+    def __init__(self, args: argparse.Namespace, samples: int) -> None:
+        from ..tuning.distributed import is_main
+
+        self.samples = samples
+        self.shown = shows_progress(args) and is_main() and sys.stderr.isatty()
+
+    def __call__(self, level: str, done: int) -> None:
+        if self.shown:
+            end = "\n" if done >= self.samples else ""
+            print(f"\r{level}: {done:,} of {self.samples:,} samples", end=end, file=sys.stderr, flush=True)
+
+
 def shows_progress(args: argparse.Namespace) -> bool:
     return not (args.quiet or args.json)
 

@@ -12,7 +12,8 @@ from .analysis import kept_roles
 from .data import ChannelPanel, Curve, LeafStatistics, Row, TreeFigure, TreePart
 
 if TYPE_CHECKING:
-    from ..tree import Plan, SigmaBNet
+    from ..tree import SigmaBNet
+    from ..tree.plan import Plan
     from ..tuning import Evaluation, History
 
 
