@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,50 @@ def test_a_block_called_twice_ends_at_its_last_call() -> None:
         x = model.relu(model.stem(inputs))
         expected = model.block(model.relu(model.block(x)))
         assert torch.equal(net.kept()(inputs), expected)
+
+
+class RandomGraph(nn.Module):
+    """Sums of earlier maps, in random order; some values are never used."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = random.Random(seed)
+        self.sources = [generator.sample(range(i), min(i, generator.choice((1, 1, 2)))) for i in range(1, 9)]
+        self.convs = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in self.sources)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        maps = [image]
+        for conv, sources in zip(self.convs, self.sources, strict=True):
+            maps.append(conv(maps[sources[0]] if len(sources) == 1 else maps[sources[0]] + maps[sources[1]]))
+        return maps[-1].mean((2, 3))
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_cuts_are_exactly_the_single_frontiers(seed: int) -> None:
+    """Against the definition: without that node no path leads from the input to the output."""
+    model, inputs = RandomGraph(seed), torch.randn(1, 2, 3, 3)
+    traced = trace(model, inputs)
+    nodes = list(traced.graph.graph.nodes)
+    start, end = nodes[0], nodes[-1]
+
+    def reaches(target: torch.fx.Node, without: torch.fx.Node) -> bool:
+        seen, open_nodes = {without}, [start]
+        while open_nodes:
+            node = open_nodes.pop()
+            if node not in seen:
+                seen.add(node)
+                open_nodes.extend(node.users)
+        return target in seen
+
+    maps = [
+        node
+        for node in nodes
+        if node is not start and len(getattr(node.meta.get("tensor_meta"), "shape", ())) == 4
+    ]
+    expected = [index for index, node in enumerate(nodes) if node in maps and not reaches(end, node)]
+    assert [cut.position for cut in traced.cuts] == expected
+    for cut in traced.cuts:
+        assert kept_part(model, traced, cut)(inputs).shape == cut.shape
 
 
 def test_an_inner_name_means_the_same_cut() -> None:

@@ -44,6 +44,10 @@ _PADDING_MODULES = tuple(
 )
 
 
+_Call = tuple[str, int]
+_CALLS = "calls"
+
+
 @dataclass(frozen=True)
 class CutPoint:
     """One place to cut: what is kept ends with ``name``.
@@ -89,14 +93,32 @@ class TracedModel:
 
 
 class _Tracer(fx.Tracer):
-    """Does not look into ``whole`` modules, nor into torch's own."""
+    """Does not look into ``whole`` modules, nor into torch's own; notes the calls that each node is made in.
+
+    A call is (module name, number): a module that is called twice has two calls.
+    """
 
     def __init__(self, whole: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.whole = whole
+        self._calls: list[_Call] = []
+        self._number = 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._number += 1
+        self._calls.append((self.path_of_module(m), self._number))
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        finally:
+            self._calls.pop()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta[_CALLS] = tuple(self._calls)
+        return node
 
 
 def _trace(model: nn.Module, tracer: fx.Tracer) -> fx.Graph:
@@ -154,10 +176,11 @@ def enumerate_cuts(
 def _cut_points(traced: fx.GraphModule, nodes: list[fx.Node]) -> list[CutPoint]:
     position = {node: index for index, node in enumerate(nodes)}
     end = len(nodes)
+    used = _used(traced.graph)
     last_use = {
-        node: max((position.get(user, end) for user in node.users), default=-1)
+        node: max(position.get(user, end) for user in node.users if user in used)
         for node in nodes
-        if node.op != "get_attr"
+        if node in used and node.op != "get_attr"
     }
     last_in_module: dict[str, int] = {}
     for node in nodes:
@@ -180,13 +203,18 @@ def _cut_points(traced: fx.GraphModule, nodes: list[fx.Node]) -> list[CutPoint]:
     return cuts
 
 
-def _invocations(node: fx.Node) -> list[str]:
-    """Calls of modules around ``node``, outermost first; torch.fx calls a repeated one ``name@n``."""
-    return [str(key) for key in node.meta.get("nn_module_stack", {})]
+def _used(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that the output depends on, the output included."""
+    used: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node.op == "output" or any(user in used for user in node.users):
+            used.add(node)
+    return used
 
 
 def _enclosing(node: fx.Node) -> list[str]:
-    return [key.partition("@")[0] for key in _invocations(node)]
+    """Names of the modules around ``node``, outermost first."""
+    return [name for name, _ in node.meta[_CALLS]]
 
 
 def _map_shape(node: fx.Node) -> tuple[int, ...] | None:
@@ -241,9 +269,9 @@ def _coarse_node(graph: fx.Graph, fine: list[fx.Node], position: int) -> fx.Node
     """
     index = 0
     for node in graph.nodes:
-        calls = _invocations(node)
-        if node.op == "call_module" and calls:
-            while index < len(fine) and calls[-1] in _invocations(fine[index]):
+        if node.op == "call_module":
+            call = next((call for call in fine[index].meta[_CALLS] if call[0] == node.target), None)
+            while call is not None and index < len(fine) and call in fine[index].meta[_CALLS]:
                 index += 1
         else:
             index += 1
