@@ -110,7 +110,7 @@ def build(
     dense = make(args.classes, width=args.width)
     size = 224 if args.model.startswith("imagenet") else 32
     images, targets = torch.randn(args.batch, 3, size, size), torch.randint(args.classes, (args.batch,))
-    config = SigmaBConfig(levels=("layer3", "layer4"), head="fc")
+    config = SigmaBConfig(levels=("layer3", "layer4"), head="fc", round_to=args.round_to)
     calibration = [torch.randn(16, 3, size, size) for _ in range(4)]
     net = SigmaBPruner(dense.eval(), images[:2], calibration_data=calibration, config=config).step()
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -161,6 +161,7 @@ def summary(args: argparse.Namespace, times: dict[str, list[float]], ratio: floa
     return {
         "model": args.model,
         "width": args.width,
+        "round_to": args.round_to,
         "batch": args.batch,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
         "threads": torch.get_num_threads(),
@@ -188,6 +189,7 @@ def main() -> int:
     )
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--width", type=float, default=0.25, help="of the dense network")
+    parser.add_argument("--round-to", type=int, help="widths of the tree are multiples of it")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--amp", action="store_true", help="bf16 autocast")
