@@ -78,7 +78,7 @@ def test_inspect_counts_what_the_net_counts(tree: Path, capsys: pytest.CaptureFi
         "router 1",
         "head 1/1",
         f"{counts.total:,}",
-        "shared_ratio 0.5",
+        "projection_dim 8",
     ):
         assert part in text
 
@@ -139,6 +139,24 @@ def test_evaluate_without_dense_weights_leaves_out_its_row(
     assert [row["role"] for row in result["networks"]] == ["sigmab"]
     assert main(["finetune", str(out), "--data", "digits", "--distill", "1", "--out", str(out)]) == 2
     assert "needs the dense network's weights" in capsys.readouterr().err
+
+
+def test_data_of_another_shape_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "compress",
+        *TREE,
+        "--data",
+        "digits",
+        "--out",
+        str(tmp_path / "out"),
+        "--model",
+        "cifar_resnet18",
+    ]
+    assert main(words) == 2
+    assert "does not take one sample of digits, shape (1, 1, 8, 8)" in capsys.readouterr().err
+    assert main([*words, "--model-args", json.dumps({**MODEL_ARGS, "num_classes": 7})]) == 2
+    assert "the model has 7 classes and digits has 10" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_evaluate_with_another_model_names_the_tensor(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

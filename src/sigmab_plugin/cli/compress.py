@@ -69,12 +69,13 @@ def restructure(args: argparse.Namespace, device: Any) -> None:
     from ..tree import save, static_twin
     from ..tuning.distributed import is_main
     from .folder import record_of, save_twin
-    from .measure import Measured, SampleCounter, collect, command_line, example_of, say, show
+    from .measure import Measured, SampleCounter, check_fit, collect, command_line, example_of, say, show
 
     config = read_config(args)
     model = load_model(args).to(device)
     data = open_data(args)
     example = example_of(data, device)
+    check_fit(model, example, len(data.classes), args.data)
     batches = Calibration(data, args, device)
     say(args, f"restructuring at {', '.join(config.levels)} over {batches.samples:,} samples")
     counter = SampleCounter(args, len(batches.order))

@@ -32,13 +32,14 @@ def run(args: argparse.Namespace) -> None:
     from ..report.provenance import provenance
     from ..tuning import evaluate
     from .folder import LOG, TWIN_LOG, open_dense, open_net, open_twin, read_record
-    from .measure import Measured, collect, command_line, example_of, read_history, say, show
+    from .measure import Measured, check_fit, collect, command_line, example_of, read_history, say, show
 
     record = read_record(args.folder, args)
     device = pick_device(args)
     net = open_net(args.folder, record, device)
     data = open_data(args)
     example = example_of(data, device)
+    check_fit(net, example, len(data.classes), args.data)
     loader = make_loader(data, batch_size=args.batch_size)
     networks = []
     for name, role, module, log in (

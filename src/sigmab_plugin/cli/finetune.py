@@ -79,7 +79,7 @@ def train(args: argparse.Namespace, device: Any) -> None:
     from ..tuning import finetune
     from ..tuning.distributed import is_main, rank, world_size
     from .folder import open_dense, open_net, open_twin, read_record, save_twin
-    from .measure import Measured, collect, command_line, example_of, say, show, shows_progress
+    from .measure import Measured, check_fit, collect, command_line, example_of, say, show, shows_progress
 
     recipe = read_recipe(args)
     record = read_record(args.folder, args)
@@ -89,6 +89,7 @@ def train(args: argparse.Namespace, device: Any) -> None:
         raise ConfigError("--distill needs the dense network's weights; give --weights")
     samples, validation = split_data(open_data(args), args)
     example = example_of(samples, device)
+    check_fit(net, example, len(samples.classes), args.data)
     twin = None if args.no_twin else open_twin(args.folder, record, net, example, device)
     size = max(1, args.batch_size // world_size())
     batches = make_loader(

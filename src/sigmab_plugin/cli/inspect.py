@@ -159,5 +159,11 @@ def print_tree(plan: Plan, nodes: list[dict[str, Any]], paths: dict[str, dict[st
     ]
     summary.append(("stored", fmt.integer(total["parameters"]), fmt.size(total["bytes"])))
     print(Table(("read by one input", "parameters", "size"), tuple(summary), (False, True, True)).text())
-    config = ", ".join(f"{key} {value}" for key, value in plan.config.to_dict().items() if key != "algorithm")
-    print(f"\n{config}")
+    print("\n" + "  ".join(f"{key} {value}" for key, value in settings(plan).items()))
+
+
+def settings(plan: Plan) -> dict[str, str]:
+    """Options of the plan that are not at their default."""
+    usual = type(plan.config)().to_dict()
+    own = plan.config.to_dict().items()
+    return {key: json.dumps(value) for key, value in own if value != usual[key]}

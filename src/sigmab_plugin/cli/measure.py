@@ -37,6 +37,31 @@ def example_of(data: Dataset, device: Any) -> Any:
     return to_device(data.batch([0])[0], device)
 
 
+def check_fit(module: nn.Module, example: Any, classes: int, data: str) -> None:
+    """Run one sample, so that data of another shape is a clear error before any work.
+
+    Raises:
+        ModelError: the model does not take the data, or has another number of classes.
+    """
+    import torch
+
+    from ..counting import as_arguments
+    from ..errors import ModelError
+    from ..tuning.evaluation import hard_routing
+
+    shapes = ", ".join(str(tuple(part.shape)) for part in as_arguments(example))
+    try:
+        with hard_routing(module), torch.no_grad():
+            logits = module(*as_arguments(example))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"the model does not take one sample of {data}, shape {shapes}: {reason}") from error
+    if torch.is_tensor(logits) and logits.ndim == 2 and logits.shape[1] < classes:
+        raise ModelError(
+            f"the model has {logits.shape[1]} classes and {data} has {classes}; see --model-args, or choose other data"
+        )
+
+
 def table_row(network: Measured, example: Any) -> Row:
     """Accuracy and counts of one network."""
     from ..report.counts import module_row, net_row
