@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...counting import as_arguments
-from ...errors import ModelError
+from ...errors import FormatError, ModelError
 from .config import DepthPruningConfig
 from .cuts import kept_part, trace
 from .network import AuxiliaryHead
 from .training import run_stages
+
+LEAVES = "leaves.json"
+FORMAT, VERSION = "sigmab_plugin.depth_pruning.leaves", 1
 
 
 def is_tree(model: nn.Module) -> bool:
@@ -66,7 +72,60 @@ def prune_leaves(
             pruned.specializers[keys[-1]] = specializer
             head = AuxiliaryHead(frontier.shape[1], classes, widths=head_widths)
             pruned.heads[keys[-1]] = head.to(device=frontier.device, dtype=frontier.dtype).eval()
+    pruned.depth_pruning = {"cut": cut, "head_widths": list(head_widths)}
     return pruned
+
+
+def save_pruned_leaves(net: Any, directory: str | os.PathLike[str]) -> Path:
+    """Write a tree with auxiliary heads: ``plan.json`` and ``model.safetensors`` as every tree, and ``leaves.json``."""
+    from ...tree import save
+
+    target = save(net, directory)
+    record = {"format": FORMAT, "version": VERSION, **net.depth_pruning}
+    (target / LEAVES).write_text(json.dumps(record, indent=1) + "\n")
+    return target
+
+
+def load_pruned_leaves(directory: str | os.PathLike[str], dense_model: nn.Module, example_inputs: Any) -> Any:
+    """Rebuild what :func:`save_pruned_leaves` wrote; bitwise the weights that were saved.
+
+    Args:
+        dense_model: a model of the dense architecture.
+        example_inputs: one batch, as for :func:`prune_leaves`.
+
+    Raises:
+        FormatError: a file is missing, truncated, altered, or from a newer version.
+        ModelError: ``dense_model`` is not the architecture that was restructured.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from ...tree.io import WEIGHTS, assemble, read_plan
+
+    folder = Path(directory)
+    plan = read_plan(folder)
+    try:
+        record = json.loads((folder / LEAVES).read_text())
+        known = record["format"] == FORMAT and record["version"] == VERSION
+        cut, widths = record["cut"], record["head_widths"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(
+            f"{folder / LEAVES} cannot be read: {error}; sigmab_plugin.load reads other trees"
+        ) from error
+    if not known:
+        raise FormatError(
+            f"{folder / LEAVES} has version {record['version']!r}; this package reads {VERSION}"
+        )
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{folder / WEIGHTS} is missing or truncated: {error}") from error
+    net = prune_leaves(assemble(plan, dense_model), example_inputs, cut=cut, head_widths=widths)
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise FormatError(f"{folder / WEIGHTS} does not fit its plan: {error}") from error
+    return net.eval()
 
 
 def train_leaf_heads(net: Any, train_data: Iterable[Any], config: DepthPruningConfig) -> list[float]:

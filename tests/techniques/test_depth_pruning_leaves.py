@@ -1,0 +1,103 @@
+"""Depth pruning inside a SigmaB tree: shorter leaves, the same routing, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sigmab_plugin import SigmaBNet, SigmaBPruner
+from sigmab_plugin.errors import ConfigError, FormatError, ModelError
+from sigmab_plugin.models.ds_cnn import DSCNN
+from sigmab_plugin.techniques.base import Context
+from sigmab_plugin.techniques.depth_pruning import (
+    AuxiliaryHead,
+    DepthPruningConfig,
+    load_pruned_leaves,
+    prune_leaves,
+    save_pruned_leaves,
+    technique,
+    train_leaf_heads,
+)
+
+CLIPS = torch.randn(64, 1, 16, 6, generator=torch.Generator().manual_seed(0))
+TARGETS = (CLIPS.mean((1, 2, 3)) > 0).long() + (CLIPS[:, 0, :, 0].mean(1) > 0).long()
+
+
+def dense() -> DSCNN:
+    return DSCNN(3, width=12, blocks=4, input_size=(16, 6)).eval()
+
+
+def tree(**changes: Any) -> SigmaBNet:
+    options = {"levels": ["block2", "block3"], "head": "pool", "projection_dim": 4, **changes}
+    return SigmaBPruner(dense(), CLIPS[:1], calibration_data=CLIPS.split(16), **options).step()
+
+
+@pytest.mark.parametrize("cut", ["", "block3", "block3.dw_relu", "block4"])
+def test_every_leaf_gets_a_head_of_its_own(cut: str) -> None:
+    net = tree()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    short = prune_leaves(net, CLIPS[:1], cut=cut, head_widths=(6,))
+    assert isinstance(short, SigmaBNet)
+    assert all(isinstance(head, AuxiliaryHead) for head in short.heads.values())
+    assert len({head.fc.weight.data_ptr() for head in short.heads.values()}) == 4
+    assert torch.equal(short.route(CLIPS), net.route(CLIPS))
+    assert (sum(p.numel() for p in short.specializers["0_0"].parameters()) == 0) == (cut == "")
+    for routing in ("hard", "soft"):
+        short.routing = routing
+        assert short(CLIPS).shape == (64, 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_heads_train_and_the_rest_stays() -> None:
+    short = prune_leaves(tree(), CLIPS[:1], head_widths=(6,))
+    flags = [parameter.requires_grad for parameter in short.parameters()]
+    before = {name: tensor.clone() for name, tensor in short.state_dict().items()}
+    config = DepthPruningConfig(epochs=(8,), learning_rates=(0.02,))
+    losses = train_leaf_heads(short, [(CLIPS, TARGETS)], config)
+    assert losses[-1] < losses[0]
+    changed = {name for name, tensor in short.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(name.startswith("heads.") for name in changed)
+    assert [parameter.requires_grad for parameter in short.parameters()] == flags
+    assert not short.training
+
+
+def test_without_freezing_the_whole_tree_trains() -> None:
+    config = DepthPruningConfig(epochs=(1,), learning_rates=(0.02,), freeze=False, head_widths=(6,))
+    net = tree()
+    short = technique.apply(net, config, Context(example_inputs=CLIPS[:1], train_data=[(CLIPS, TARGETS)]))
+    assert not torch.equal(short.backbone.stem.conv.weight, net.backbone.stem.conv.weight)
+
+
+def test_save_and_load_are_bitwise(tmp_path: Path) -> None:
+    short = prune_leaves(tree(), CLIPS[:1], cut="block3", head_widths=(6,), seed=3)
+    save_pruned_leaves(short, tmp_path)
+    again = load_pruned_leaves(tmp_path, dense(), CLIPS[:1])
+    assert torch.equal(again(CLIPS), short(CLIPS))
+    record = json.loads((tmp_path / "leaves.json").read_text())
+    (tmp_path / "leaves.json").write_text(json.dumps({**record, "version": 2}))
+    with pytest.raises(FormatError, match="version 2"):
+        load_pruned_leaves(tmp_path, dense(), CLIPS[:1])
+    (tmp_path / "leaves.json").write_text(json.dumps({**record, "cut": "block4"}))
+    with pytest.raises(FormatError, match="does not fit its plan"):
+        load_pruned_leaves(tmp_path, dense(), CLIPS[:1])
+    (tmp_path / "leaves.json").unlink()
+    with pytest.raises(FormatError, match=r"leaves\.json cannot be read"):
+        load_pruned_leaves(tmp_path, dense(), CLIPS[:1])
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ConfigError, match=r"no cut after 'block9'.*block3"):
+        prune_leaves(tree(), CLIPS[:1], cut="block9")
+    dims = zip((8, 16, 16, 16), (16, 16, 16, 3), strict=True)
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in dims))
+    rows = torch.randn(32, 8)
+    options: dict[str, Any] = {"levels": ["1", "2"], "head": "3", "projection_dim": 4}
+    vectors = SigmaBPruner(layers, rows[:1], calibration_data=[rows], **options).step()
+    with pytest.raises(ModelError, match="needs a 2-D feature map"):
+        prune_leaves(vectors, rows[:1])
