@@ -1,0 +1,163 @@
+"""Mix-and-Match: ten strategies with three scores on one trained network; best, mean and spread, test accuracy.
+
+    python benchmarks/mix_and_match.py                      # a network trained here on scikit-learn's digits
+    python benchmarks/mix_and_match.py --experiment keywords --data FOLDER --weights dense.safetensors
+    python benchmarks/mix_and_match.py --structured         # channels instead of weights, by Torch-Pruning
+
+Every run is chosen on the validation part; the test part is read for the dense network, for the chosen run, and for
+uniform magnitude pruning at the chosen run's sparsity with the same fine-tuning: the control that the published
+comparison lacks. Resumable: runs are kept in ``--folder``. The result is ``benchmarks/results/mix_and_match-*.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from accuracy.experiments import open_experiment  # noqa: E402
+from legonet import trained  # noqa: E402
+from sigmab_plugin.counting import parameter_count  # noqa: E402
+from sigmab_plugin.hosts.torch_pruning_techniques import MixAndMatchPruner  # noqa: E402
+from sigmab_plugin.techniques.mix_and_match import (  # noqa: E402
+    MixAndMatchConfig,
+    SearchResult,
+    build_masks,
+    find_layers,
+    finetune_masked,
+    mask_sparsity,
+    measure_sensitivity,
+)
+from sigmab_plugin.tuning import evaluate  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--experiment", default="digits", choices=("digits", "keywords", "cifar100"))
+    parser.add_argument("--data", nargs="*", default=[])
+    parser.add_argument("--weights", help="safetensors state dict of the dense network")
+    parser.add_argument("--scores", nargs="+", default=["magnitude", "gradient", "combined"])
+    parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning, each run")
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--max-drop", type=float, default=0.01, help="largest loss on the validation part")
+    parser.add_argument("--structured", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", help="where runs are kept", default=str(HERE / "cache" / "mix_and_match"))
+    parser.add_argument("--output", help="folder of the JSON result", default=str(HERE / "results"))
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    result = run(options)
+    name = options.experiment + ("-structured" if options.structured else "")
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"mix_and_match-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(result["table"])
+    return 0
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    recipe = json.loads((HERE / "recipes" / f"{options.experiment}-cpu.json").read_text())
+    experiment = open_experiment(recipe, options.data, HERE / "cache")
+    model = trained(experiment, recipe, options.weights)
+    train = experiment.train_loader(batch_size=recipe["finetune"]["batch_size"], seed=0)
+    config = MixAndMatchConfig(
+        scores=tuple(options.scores),
+        finetune_epochs=options.epochs,
+        finetune_lr=options.lr,
+        max_drop=options.max_drop,
+    )
+
+    def score(net: nn.Module, part: Any) -> float:
+        return float(evaluate(net, experiment.batches(part)).accuracy)
+
+    pruner = MixAndMatchPruner(
+        model,
+        experiment.example(),
+        config=config,
+        validate=lambda net: score(net, experiment.val),
+        train_data=train,
+        structured=options.structured,
+        folder=Path(options.folder) / (options.experiment + ("-structured" if options.structured else "")),
+    )
+    chosen = pruner.step()
+    found = pruner.result
+    control: dict[str, float] = {}
+    if not options.structured:
+        control = uniform(
+            model, found, config, experiment.example(), train, lambda net: score(net, experiment.test)
+        )
+    dense_test, chosen_test = score(model, experiment.test), score(chosen, experiment.test)
+    return {
+        **found.to_dict(),
+        "experiment": experiment.name,
+        "parameters": parameter_count(model),
+        "test": {"dense": dense_test, "chosen": chosen_test, **control},
+        "table": table(experiment.name, found, dense_test, chosen_test, control),
+    }
+
+
+def uniform(
+    model: nn.Module, found: SearchResult, config: MixAndMatchConfig, example: Any, train: Any, test: Any
+) -> dict[str, float]:
+    """One magnitude threshold for all layers at the chosen run's sparsity, fine-tuned alike."""
+    layers = [layer for layer in find_layers(model, example, config) if layer.role != "normalization"]
+    sensitivity = measure_sensitivity(model, layers, [next(iter(train))], hessian=False)
+    every = torch.cat([sensitivity.importance("magnitude", layer.name).flatten() for layer in layers])
+    count = round(found.chosen.sparsity * parameter_count(model))
+    threshold = every.sort().values[max(0, count - 1)]
+    shares = {
+        layer.name: float((sensitivity.importance("magnitude", layer.name) <= threshold).double().mean())
+        for layer in layers
+    }
+    masks = build_masks(sensitivity, shares, "magnitude")
+    net = copy.deepcopy(model)
+    torch.manual_seed(config.seed)
+    finetune_masked(net, masks, train, config)
+    return {
+        "global_magnitude": test(net),
+        "global_magnitude_sparsity": mask_sparsity(masks, parameter_count(model)),
+    }
+
+
+def table(name: str, found: SearchResult, dense: float, chosen: float, control: dict[str, float]) -> str:
+    lines = [
+        f"{name}: dense {100 * dense:.2f} % (test), {100 * found.dense:.2f} % (validation)",
+        "",
+        "| score | strategy | sparsity | validation |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {run.score} | {run.strategy} | {100 * run.sparsity:.1f} % | {100 * run.validation:.2f} |"
+        for run in found.runs
+    ]
+    lines += ["", "| score | best | mean ± sd over strategies | mean sparsity |", "|---|---|---|---|"]
+    lines += [
+        f"| {s.score} | {100 * s.best:.2f} | {100 * s.mean:.2f} ± {100 * s.sd:.2f} (n = {s.runs}) | "
+        f"{100 * s.mean_sparsity:.1f} % |"
+        for s in found.spreads()
+    ]
+    lines += [
+        "",
+        f"Chosen: {found.chosen.key}, sparsity {100 * found.chosen.sparsity:.1f} %, test {100 * chosen:.2f} %.",
+    ]
+    if control:
+        lines.append(
+            f"Control, one global magnitude threshold at {100 * control['global_magnitude_sparsity']:.1f} %, same "
+            f"fine-tuning: test {100 * control['global_magnitude']:.2f} %."
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
