@@ -211,7 +211,8 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     logging.getLogger("sigmab_plugin").setLevel(logging.ERROR)  # leaves do starve on noise
     result = measure(args)
-    result["provenance"] = provenance(["python", *sys.argv])
+    where = ["--json", str(args.json)]  # where the figures go is no part of how they were made
+    result["provenance"] = provenance(["python", *(word for word in sys.argv if word not in where)])
     text = json.dumps(result, indent=1)
     print(text)
     if args.json:
