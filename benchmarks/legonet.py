@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--experiment", default="digits", choices=("digits", "keywords", "cifar100"))
     parser.add_argument("--data", nargs="*", default=[])
     parser.add_argument("--epochs", type=int, default=10, help="of codebook fine-tuning")
+    parser.add_argument("--dense-epochs", type=int, help="of the dense network, instead of the recipe's")
     parser.add_argument("--scales", nargs="+", default=["none", "row"], choices=("none", "layer", "row"))
     parser.add_argument("--output", help="folder of the JSON result", default=str(HERE / "results"))
     options = parser.parse_args(argv)
@@ -137,7 +138,7 @@ def accuracy(options: argparse.Namespace) -> dict[str, Any]:
     """One trained network; every codebook size, without data, with BatchNorm statistics, fine-tuned."""
     recipe = json.loads((HERE / "recipes" / f"{options.experiment}-cpu.json").read_text())
     experiment = open_experiment(recipe, options.data, HERE / "cache")
-    model = trained(experiment, recipe, options.weights)
+    model = trained(experiment, recipe, options.weights, options.dense_epochs)
     calibration = [inputs for inputs, _ in experiment.batches(experiment.train)]
     train = experiment.train_loader(batch_size=recipe["finetune"]["batch_size"], seed=0)
 
@@ -195,14 +196,16 @@ def accuracy(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def trained(experiment: Experiment, recipe: dict[str, Any], weights: str | None) -> nn.Module:
-    """The dense network: given weights, or trained by the recipe once and kept in the cache."""
+def trained(
+    experiment: Experiment, recipe: dict[str, Any], weights: str | None, epochs: int | None
+) -> nn.Module:
+    """The dense network: given weights, or trained once by the recipe (or so many epochs) and kept in the cache."""
     model = experiment.model(seed=0)
-    kept = Path(weights) if weights else HERE / "cache" / f"{experiment.name}-dense.safetensors"
+    kept = Path(weights) if weights else HERE / "cache" / f"{experiment.name}-dense-{epochs}.safetensors"
     if kept.exists():
         model.load_state_dict(load_file(kept))
         return model.eval()
-    settings = TrainRecipe(**recipe["dense"])
+    settings = TrainRecipe(**{**recipe["dense"], **({"epochs": epochs} if epochs else {})})
     loader = experiment.train_loader(batch_size=settings.batch_size, seed=0)
     finetune(model, loader, recipe=settings, progress=False)
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--experiment", default="digits", choices=("digits", "keywords", "cifar100"))
     parser.add_argument("--data", nargs="*", default=[])
     parser.add_argument("--weights", help="safetensors state dict of the dense network")
+    parser.add_argument("--dense-epochs", type=int, help="of the dense network, instead of the recipe's")
     parser.add_argument("--scores", nargs="+", default=["magnitude", "gradient", "combined"])
     parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning, each run")
     parser.add_argument("--lr", type=float, default=0.01)
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     recipe = json.loads((HERE / "recipes" / f"{options.experiment}-cpu.json").read_text())
     experiment = open_experiment(recipe, options.data, HERE / "cache")
-    model = trained(experiment, recipe, options.weights)
+    model = trained(experiment, recipe, options.weights, options.dense_epochs)
     train = experiment.train_loader(batch_size=recipe["finetune"]["batch_size"], seed=0)
     config = MixAndMatchConfig(
         scores=tuple(options.scores),
