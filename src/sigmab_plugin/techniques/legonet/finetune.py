@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...errors import ModelError
-from ..supervised import LossFunction, supervised_batches, training_loss
+from ..supervised import LossFunction, module_device, supervised_batches, training_loss
 from .bits import bits_per_index, pack_bits
 from .kmeans import assign
 from .packed import PackedModel, PackedTensor, assemble, expand_into, scaled_blocks
@@ -86,13 +86,15 @@ def finetune_codebook(
         assignments: straight-through training of latent weights, whose blocks are reassigned after
             every epoch of the first half; the rest settles what stays dense, running statistics included.
         loss_fn: ``loss_fn(outputs, targets)``; by default a tree's own loss or cross-entropy.
+        device: where to train; by default where ``model`` is.
 
     Raises:
         CalibrationError: no training data.
         ModelError: a packed weight belongs to a recurrent layer, which cannot be parametrized.
     """
-    net = expand_into(packed, model).to(device or "cpu")
-    codebook = nn.Parameter(packed.codebook.to(device or "cpu", copy=True))
+    place = torch.device(device) if device is not None else module_device(model)
+    net = expand_into(packed, model).to(place)
+    codebook = nn.Parameter(packed.codebook.to(place, copy=True))
     net.requires_grad_(dense)
     made = _parametrize(net, packed, codebook, assignments)
     if assignments:
