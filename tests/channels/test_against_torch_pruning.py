@@ -39,7 +39,7 @@ def test_half_of_every_group(case: Case) -> None:
 
     theirs = copy.deepcopy(model)
     for group in groups:
-        graph = tp.DependencyGraph().build_dependency(theirs, (inputs,), verbose=False)
+        graph = tp.DependencyGraph().build_dependency(theirs, (inputs,), ignored_params=[], verbose=False)
         layer = theirs.get_submodule(group.name)
         drop = sorted(set(range(group.size)) - set(keep[group.name].tolist()))
         pruner = graph.get_pruner_of_module(layer)
