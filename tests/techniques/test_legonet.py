@@ -28,6 +28,7 @@ from sigmab_plugin.techniques.legonet import (
     save_packed,
     technique,
 )
+from sigmab_plugin.techniques.legonet.calibration import CalibrationPairs
 
 
 class Mixed(nn.Module):
@@ -307,8 +308,24 @@ def test_batchnorm_reestimation_helps_and_is_stored(tmp_path: Path) -> None:
     assert accuracy(restored, batches) > accuracy(plain, batches)
     assert torch.equal(restored[3].weight, plain[3].weight)
     assert not torch.equal(restored[4].running_mean, plain[4].running_mean)
+    # hosts give inputs without targets
+    inputs = [inputs for inputs, _ in batches]
+    config = LegoNetConfig(codebook_size=24, reestimate_batchnorm=True)
+    assert same_state(technique.apply(model, config, Context(calibration_data=inputs)), restored)
     save_packed(restored.legonet, tmp_path / "net")
     assert same_state(load_packed(tmp_path / "net", model), restored)
+
+
+def test_two_inputs_are_told_from_inputs_and_targets() -> None:
+    points, positions, targets = torch.randn(6, 3), torch.randn(6, 3), torch.zeros(6, dtype=torch.long)
+    example = (points[:2], positions[:2])
+    for batch in ((points, positions), ((points, positions), targets)):
+        inputs, labels = next(iter(CalibrationPairs([batch], example)))
+        assert inputs[0] is points
+        assert inputs[1] is positions
+        assert labels.shape == (6,)
+    inputs, _ = next(iter(CalibrationPairs([(points, targets)])))
+    assert inputs is points
 
 
 def test_codebook_gradient_is_the_scattered_weight_gradient() -> None:

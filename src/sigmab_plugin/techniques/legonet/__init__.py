@@ -16,6 +16,7 @@ from ...errors import CalibrationError
 from ...tuning.batchnorm import reestimate_batchnorm
 from ..base import Context, Technique
 from .bits import bits_per_index, pack_bits, unpack_bits
+from .calibration import CalibrationPairs
 from .config import LegoNetConfig
 from .finetune import finetune_codebook
 from .measure import PackingReport, gaussian_floor, measure
@@ -74,7 +75,7 @@ def compress(
         if context.calibration_data is None:
             raise CalibrationError("legonet: reestimate_batchnorm needs calibration_data")
         net = expand_into(packed, model)
-        reestimate_batchnorm(net, context.calibration_data)
+        reestimate_batchnorm(net, CalibrationPairs(context.calibration_data, context.example_inputs))
         packed = packed.with_dense(net)
     return packed
 

@@ -73,13 +73,15 @@ def apply(model: nn.Module, config: MixAndMatchConfig, context: Context) -> nn.M
         raise CalibrationError(
             "mix_and_match needs validate(model) -> score on a validation split, to choose among its runs"
         )
+    # Hosts give inputs without targets as calibration data; ranges need targets, which training data have.
+    calibration = context.calibration_data if context.train_data is None else None
     result = search(
         model,
         config,
         example_inputs=context.example_inputs,
         validate=context.validate,
         train_data=context.train_data,
-        calibration_data=context.calibration_data,
+        calibration_data=calibration,
         loss_fn=context.loss_fn,
         folder=context.options.get("folder"),
     )

@@ -57,9 +57,7 @@ class MixAndMatchConfig(TechniqueConfig):
     maximum_sparsity: float = option(
         0.99, "largest sparsity of any layer, so that none is cut through", minimum=0.0, maximum=1.0
     )
-    roles: dict[str, str] = option(
-        {}, "role by shell pattern of module names, before what is found"
-    )
+    roles: dict[str, str] = option({}, "role by shell pattern of module names, before what is found")
     ignored_layers: tuple[str, ...] = option((), "shell patterns of module names left dense")
     max_drop: float | None = option(
         None,
