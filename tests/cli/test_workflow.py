@@ -178,7 +178,10 @@ def test_demo_goes_all_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(record["channels"]) == 3
     assert len(record["curves"]) == 3
     assert "sigmab demo --quick" in (out / "report.html").read_text(encoding="utf-8")
-    assert (out / "net" / "plan.json").is_file()
+    # What it left behind is a folder like any other, and says the same again.
+    again = run(capsys, "evaluate", str(out), "--data", "digits")
+    assert again["networks"] == result["networks"]
+    assert again["leaf_shares"] == result["leaf_shares"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -9,10 +10,10 @@ from xml.etree import ElementTree
 import pytest
 
 from sigmab_plugin.errors import FormatError
-from sigmab_plugin.report import ReportData, render, write_report
+from sigmab_plugin.report import Curve, ReportData, render, write_report
 from sigmab_plugin.report.tree_figure import tree_svg
 
-from .sample import LEAVES, report, tree
+from .sample import LEAVES, ROWS, report, tree
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -130,6 +131,16 @@ def test_written_json_reads_back_as_the_same_report(tmp_path: Path) -> None:
     again = ReportData.from_dict(json.loads(record.read_text(encoding="utf-8")))
     assert again == report()
     assert sorted(path.name for path in page.parent.iterdir()) == ["report.html", "report.json"]
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    lost = Curve(
+        "SigmaB", "sigmab", (1, 2), {"train_loss": [1.0, float("nan")], "val_accuracy": [float("inf"), 0.5]}
+    )
+    row = replace(ROWS[1], accuracy=float("nan"))
+    page, record = write_report(tmp_path / "report.html", ReportData("t", rows=(row,), curves=(lost,)))
+    assert json.loads(record.read_text())["curves"][0]["values"]["train_loss"] == [1.0, None]
+    assert "nan" not in Page(page.read_text(encoding="utf-8")).text
 
 
 @pytest.mark.parametrize(

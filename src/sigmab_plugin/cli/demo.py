@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .options import add_run_options, pick_device, positive
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..report import ReportData
+    from .measure import Measured
 
 #: Modules at which the demo's network branches, and where its leaf heads start.
 LEVELS, HEAD = ("layer3", "layer4"), "fc"
@@ -48,85 +55,108 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    import copy
-
-    from .. import data
-    from ..hosts.torch_pruning import SigmaBPruner
+def demo_network() -> nn.Module:
+    """The demo's dense network: a narrow ResNet of four bottlenecks for (B, 1, 8, 8) images, ten classes."""
     from ..models.resnet import Bottleneck, ResNet
+
+    return ResNet(Bottleneck, (1, 1, 1, 1), num_classes=10, stem="cifar", width=WIDTH, in_channels=1)
+
+
+def run(args: argparse.Namespace) -> None:
+    from safetensors.torch import save_file
+
     from ..report import write_report
-    from ..report.provenance import provenance
-    from ..tree import save, static_twin
-    from ..tuning import TrainRecipe, evaluate, finetune
-    from .measure import Measured, collect, command_line, example_of, say, show, shows_progress
+    from ..tree import save
+    from .folder import Record, save_twin
+    from .measure import command_line, show
 
     started = time.perf_counter()
     device = pick_device(args)
-    dense_epochs, epochs = (2, 2) if args.quick else (args.dense_epochs, args.epochs)
-    train, validation, test = (data.digits(split) for split in ("train", "val", "test"))
-    batches = data.make_loader(train, batch_size=64, shuffle=True, seed=args.seed)
-    calibration = data.make_loader(train, batch_size=256)
-    held_out = {
-        "val": data.make_loader(validation, batch_size=256),
-        "test": data.make_loader(test, batch_size=256),
-    }
-    recipe = TrainRecipe(lr=0.05, batch_size=64, warmup_epochs=1.0, label_smoothing=0.0)
+    if args.quick:
+        args.dense_epochs = args.epochs = 2
+    networks = train(args, device)
+    dense, net, twin = (network.module for network in networks)
+    save(net, args.out)  # type: ignore[arg-type]
+    weights = args.out / "dense.safetensors"
+    save_file(dense.state_dict(), weights)
+    save_twin(args.out, twin)
+    Record(f"{__name__}:demo_network", {}, str(weights.resolve()), tuple(args.argv)).write(args.out)
+    data = describe(args, networks, device, time.perf_counter() - started)
+    page, _ = write_report(args.out / "report.html", data)
+    show(args, data, network=args.out, report=page)
+    if not args.json:
+        again = [*command_line(args)[:1], "evaluate", str(args.out), "--data", "digits"]
+        print(f"\nlook again: {shlex.join(again)}")
+
+
+def train(args: argparse.Namespace, device: Any) -> list[Measured]:
+    """The dense network, the tree and the twin, trained, and evaluated on the test digits."""
+    from .. import data
+    from ..hosts.torch_pruning import SigmaBPruner
+    from ..tree import static_twin
+    from ..tuning import TrainRecipe, evaluate, finetune
+    from .folder import LOG, TWIN_LOG
+    from .measure import Measured, example_of, say, shows_progress
+
+    digits = data.digits("train")
+    batches = data.make_loader(digits, batch_size=64, shuffle=True, seed=args.seed)
+    test = data.make_loader(data.digits("test"), batch_size=256)
     common: dict[str, Any] = {
-        "val_loader": held_out["val"],
+        "val_loader": data.make_loader(data.digits("val"), batch_size=256),
         "device": device,
         "progress": shows_progress(args),
         "seed": args.seed,
     }
-
-    say(args, f"dense network: {dense_epochs} epochs")
-    dense = ResNet(Bottleneck, (1, 1, 1, 1), num_classes=10, stem="cifar", width=WIDTH, in_channels=1)
-    dense_history = finetune(dense, batches, epochs=dense_epochs, recipe=recipe, **common)
-    dense.eval()
+    recipe = TrainRecipe(lr=0.05, batch_size=64, warmup_epochs=1.0, label_smoothing=0.0)
+    say(args, f"dense network: {args.dense_epochs} epochs")
+    dense = demo_network()
+    history = finetune(dense, batches, epochs=args.dense_epochs, recipe=recipe, **common)
+    networks = [Measured("dense", "dense", dense.eval(), evaluate(dense, test), history)]
 
     say(args, f"restructuring at {', '.join(LEVELS)}")
-    example = example_of(train, device)
+    example = example_of(digits, device)
+    calibration = [inputs.to(device) for inputs, _ in data.make_loader(digits, batch_size=256)]
     options: dict[str, Any] = {"levels": list(LEVELS), "head": HEAD, "projection_dim": 32, "seed": args.seed}
-    inputs = [batch.to(device) for batch, _ in calibration]
-    net = SigmaBPruner(dense, example, calibration_data=inputs, **options).step()
-    twin = static_twin(dense, example, calibration_data=inputs, config=net.config)
+    net = SigmaBPruner(dense, example, calibration_data=calibration, **options).step()
+    twin = static_twin(dense, example, calibration_data=calibration, config=net.config)
 
-    networks = [Measured("dense", "dense", dense, evaluate(dense, held_out["test"]), dense_history)]
     # Above this rate the routers of a network this small swing, and leaves starve.
-    tuning = recipe.replace(lr=0.02, distillation_weight=1.0)
-    for name, role, network in (("SigmaB", "sigmab", net), ("static twin", "twin", twin)):
-        say(args, f"{name}: {epochs} epochs, the dense network as teacher")
+    recipe = recipe.replace(lr=0.02, distillation_weight=1.0)
+    for name, role, module, log in (("SigmaB", "sigmab", net, LOG), ("static twin", "twin", twin, TWIN_LOG)):
+        say(args, f"{name}: {args.epochs} epochs, the dense network as teacher")
         history = finetune(
-            network, batches, epochs=epochs, recipe=tuning, teacher=copy.deepcopy(dense), **common
+            module, batches, epochs=args.epochs, recipe=recipe, teacher=dense, log=args.out / log, **common
         )
-        networks.append(Measured(name, role, network, evaluate(network, held_out["test"]), history))
-    save(net, args.out / "net")
+        networks.append(Measured(name, role, module.eval(), evaluate(module, test), history))
+    return networks
 
-    report = collect(
+
+def describe(args: argparse.Namespace, networks: list[Measured], device: Any, seconds: float) -> ReportData:
+    from .. import data
+    from ..report.provenance import provenance
+    from .measure import collect, command_line, example_of
+
+    parts = {split: data.digits(split) for split in ("train", "val", "test")}
+    images = len(parts["test"])
+    return collect(
         networks,
-        example=example,
-        classes=[f"digit {name}" for name in test.classes],
+        example=example_of(parts["test"], device),
+        classes=[f"digit {name}" for name in parts["test"].classes],
         title="Handwritten digits on a tree of four leaves",
         summary=f"A bottleneck ResNet trained on scikit-learn's 8×8 digits, branched at {' and '.join(LEVELS)} and "
-        f"fine-tuned for {epochs} epochs with the dense network as teacher; its static twin had the same steps.",
+        f"fine-tuned for {args.epochs} epochs with the dense network as teacher; its static twin had the same steps.",
         facts={
             "Model": f"bottleneck ResNet, width {WIDTH:g}",
-            "Data": f"digits: {len(train):,} train, {len(validation)} validation, {len(test)} test",
+            "Data": f"digits: {len(parts['train']):,} train, {len(parts['val'])} validation, {images} test",
             "Device": str(device),
             "Seed": str(args.seed),
         },
         origin=provenance(
-            command_line(args),
-            seed=args.seed,
-            wall_time=f"{time.perf_counter() - started:.0f} s, training included",
-            recipe=", ".join(
-                f"{key} {value}" for key, value in tuning.to_dict().items() if key != "algorithm"
-            ),
+            command_line(args), seed=args.seed, wall_time=f"{seconds:.0f} s, training included"
         ),
         notes=(
-            f"One run with one seed on {len(test)} test images: one image is {100 / len(test):.2f} pp, so differences "
+            f"One run with one seed on {images} test images: one image is {100 / images:.2f} pp, so differences "
             "under about a percentage point say nothing.",
             "A demonstration at toy size: here routers and projections weigh more than in a real network.",
         ),
     )
-    page, record = write_report(args.out / "report.html", report)
-    show(args, report, network=args.out / "net", report=page, data=record)

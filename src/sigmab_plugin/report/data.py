@@ -6,6 +6,7 @@ Nothing here needs torch; :mod:`.counts` and :mod:`.analysis` fill these from ne
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,8 +144,8 @@ class ReportData:
     sections: tuple[Section, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only, with a version."""
-        return {"format": "sigmab-report", "version": VERSION, **dataclasses.asdict(self)}
+        """JSON types only, with a version; numbers that are not finite, which JSON lacks, become null."""
+        return {"format": "sigmab-report", "version": VERSION, **_finite(dataclasses.asdict(self))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ReportData:
@@ -186,6 +187,14 @@ class ReportData:
             )
         except (KeyError, TypeError, IndexError) as error:
             raise FormatError(f"this report is incomplete or was altered: {error}") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tree(data: Mapping[str, Any] | None) -> TreeFigure | None:
