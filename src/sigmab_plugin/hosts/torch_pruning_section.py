@@ -31,7 +31,7 @@ class TorchPruningConfig(TechniqueConfig):
     algorithm: ClassVar[str] = "torch_pruning"
 
     pruning_ratio: float = option(0.5, "share of channels to remove", minimum=0.0, exclusiveMaximum=1.0)
-    pruning_ratios: dict[str, float] = option({}, "other shares by module name")  # noqa: RUF009  # option() gives a factory
+    pruning_ratios: dict[str, float] = option({}, "other shares by module name")
     importance: str = option(
         "magnitude", "how channels are ranked", enum=("magnitude", "lamp", "random", "bn_scale")
     )
