@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,6 +50,7 @@ class Options:
     layout: str
     modality: str
     calibration: dict[str, list[tuple[Any, ...]]] | None = None
+    backbone: bool = True
 
 
 def export(
@@ -61,6 +62,7 @@ def export(
     precision: str = "fp32",
     layout: str = "portable",
     calibration_data: Any = None,
+    backbone: bool = True,
     packed: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
@@ -76,6 +78,8 @@ def export(
             quantizes activations too and needs ``calibration_data``. ONNX only, but for "fp32" and "fp16".
         layout: "portable", or "native": optimised for this machine and refused on others (ONNX only).
         calibration_data: for "int8": batches of inputs, each leaf is calibrated with the samples routed to it.
+        backbone: False leaves the backbone out, for one that the format cannot express (farthest point
+            sampling, say); the runner is then given a function that computes it.
         packed: one file for all weights instead of one per node.
         overwrite: replace a bundle that exists.
 
@@ -89,15 +93,19 @@ def export(
         MissingDependencyError: the format's library is not installed.
     """
     with evaluating(net):
-        sources = cut(net, example_inputs)
+        sources = cut(net, example_inputs, backbone=backbone)
         calibration = None
         if precision == "int8":
             if calibration_data is None:
                 raise ConfigError("precision='int8' needs calibration_data: batches of real inputs")
             from .quantization import collect
 
+            if not backbone:
+                raise ConfigError("precision='int8' calibrates from the inputs on: export with the backbone")
             calibration = collect(sources, calibration_data, net.modality.name)
-        options = _options(format, precision, layout, net.modality.name, calibration)
+        options = replace(
+            _options(format, precision, layout, net.modality.name, calibration), backbone=backbone
+        )
         plan = net.plan.to_dict() if net.plan is not None else None
         return _write(
             sources, tuple(net.leaves), plan, options, directory, packed=packed, overwrite=overwrite
@@ -181,7 +189,7 @@ def _write(
             nodes=tuple(nodes),
             leaves=leaves,
             plan=plan,
-            requires=exporter.requires(options),
+            requires={**exporter.requires(options), **({} if options.backbone else {"backbone": True})},
             producer=_producer(exporter.LIBRARIES),
         )
         write_manifest(work, manifest.to_dict())

@@ -55,16 +55,27 @@ def _flat(value: Any) -> tuple[Tensor, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
+def _pool_points(frontier: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The modality's mean per cloud in operations that exporters know (no bincount, no index_add)."""
+    x, _, batch = frontier
+    clouds = int(batch.max()) + 1
+    index = batch.unsqueeze(1)
+    sums = x.new_zeros(clouds, x.shape[1]).scatter_add(0, index.expand_as(x), x)
+    counts = x.new_zeros(clouds, 1).scatter_add(0, index, x.new_ones(x.shape[0], 1))
+    return sums / counts.clamp(min=1)
+
+
 class _Inner(nn.Module):
     """body (backbone or specializer), then pooling and the router: frontier tensors, then logits."""
 
     def __init__(self, body: nn.Module, router: nn.Module, modality: Any) -> None:
         super().__init__()
-        self.body, self.router, self._modality = body, router, modality
+        self.body, self.router = body, router
+        self._pool = _pool_points if modality.name == "points" else modality.pool
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         frontier = self.body(*inputs)
-        return (*_flat(frontier), self.router(self._modality.pool(frontier)))
+        return (*_flat(frontier), self.router(self._pool(frontier)))
 
 
 class _Leaf(nn.Module):
@@ -101,13 +112,26 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def cut(net: Any, example_inputs: Any) -> tuple[NodeSource, ...]:
+class _Given(nn.Module):
+    """Stands for a backbone that runs elsewhere: its frontier comes in as the inputs."""
+
+    def forward(self, *frontier: Tensor) -> Any:
+        return frontier if len(frontier) > 1 else frontier[0]
+
+
+def cut(net: Any, example_inputs: Any, *, backbone: bool = True) -> tuple[NodeSource, ...]:
     """Cut a SigmaB net, depth first: root, "0", "0/0", "0/1", "1", ...
 
     ``example_inputs`` is a batch (or the positional arguments); a batch of one is doubled, because
-    a traced batch of one would be taken for a constant. Call inside :func:`evaluating`.
+    a traced batch of one would be taken for a constant. Without ``backbone`` the root takes the frontier
+    and only routes. Call inside :func:`evaluating`.
     """
     inputs = _at_least_two(as_arguments(example_inputs), type(net.modality).__name__)
+    names = _names("input", len(inputs))
+    start: nn.Module = net.backbone
+    if not backbone:
+        inputs, start = _flat(net.backbone(*inputs)), _Given()
+        names = _names("frontier", len(inputs))
     known = (*net.inner_nodes, *net.leaves)
     sources: list[NodeSource] = []
 
@@ -120,7 +144,7 @@ def cut(net: Any, example_inputs: Any) -> tuple[NodeSource, ...]:
                 NodeSource(path, key, "leaf", (), leaf, example, names, _names("logits", len(out)), out)
             )
             return
-        body = net.backbone if root else net.specializers[key]
+        body = start if root else net.specializers[key]
         depth = path.count("/") + 1 if path else 0
         module = _Inner(body, net.routers[key], net.modalities[depth]).eval()
         out = module(*example)
@@ -132,7 +156,7 @@ def cut(net: Any, example_inputs: Any) -> tuple[NodeSource, ...]:
         for child in children:
             visit(child, out[:-1], frontier_names)
 
-    visit("", inputs, _names("input", len(inputs)))
+    visit("", inputs, names)
     return tuple(sources)
 
 

@@ -59,8 +59,8 @@ def dynamic_shapes(source: NodeSource, modality: str) -> tuple[dict[int, Any], .
 def export_failure(source: NodeSource, what: str, error: Exception) -> ModelError:
     """The error for a node that cannot be exported: which one, to what, why."""
     cause: BaseException = error
-    while cause.__cause__ is not None or cause.__context__ is not None:
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
     detail = next((line for line in str(cause).splitlines() if line.strip()), repr(cause))
     return ModelError(
         f"{source} cannot be exported to {what}: {type(cause).__name__}: {detail[:600]}\n"

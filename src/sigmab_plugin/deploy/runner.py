@@ -10,7 +10,7 @@ import mmap
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,8 @@ class Runner:
         verify: compare sha256 at each load of a node.
         threads: of the runtime, per inference; None leaves it to the runtime.
         trace: how many events to keep (0: none).
+        backbone: for a bundle exported without one: takes the inputs as they were given and returns the
+            frontier, a tensor or a tuple of them.
 
     ``runner(x)`` takes what the network takes, a leading batch dimension included, and returns logits as a
     NumPy array; samples of a batch are grouped by path. Calls may come from several threads.
@@ -81,6 +83,7 @@ class Runner:
         verify: bool = True,
         threads: int | None = None,
         trace: int = 0,
+        backbone: Callable[..., Any] | None = None,
     ) -> None:
         if prefetch not in PREFETCH:
             raise ConfigError(f"prefetch must be one of {', '.join(PREFETCH)}; got {prefetch!r}")
@@ -90,6 +93,13 @@ class Runner:
             raise ConfigError(f"bandwidth must be more than 0 bytes a second; got {bandwidth!r}")
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
+        if self.manifest.requires.get("backbone", False) != (backbone is not None):
+            raise ConfigError(
+                "this bundle has a backbone of its own: leave out backbone="
+                if backbone is not None
+                else "this bundle was exported without its backbone: pass backbone=, a function that computes it"
+            )
+        self._given_backbone = backbone
         self._backend = open_backend(backend, self.manifest, threads=threads)
         factor = self._backend.resident_factor
         nodes = self.manifest.path_nodes
@@ -153,6 +163,12 @@ class Runner:
         if self._closed:
             raise SigmaBError("the runner is closed")
         begin = time.perf_counter()
+        if self._given_backbone is not None:
+            if self._prefetch != "none":
+                self._residency.prefetch("")
+                self._read_ahead(self._nodes[""], ())
+            with self.trace.span("compute", "backbone"):
+                inputs = self._given_backbone(*inputs if isinstance(inputs, (tuple, list)) else (inputs,))
         arrays = frontiers.as_arrays(inputs, tuple(value.dtype for value in self._nodes[""].inputs))
         parts: list[tuple[Array, str, Frontier]] = []
         self._visit("", arrays, None, (), parts)

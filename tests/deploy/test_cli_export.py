@@ -1,0 +1,86 @@
+"""``sigmab export`` on a saved network."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sigmab_plugin import SigmaBConfig, SigmaBPruner, save
+from sigmab_plugin.cli import main
+from sigmab_plugin.cli.folder import record_of
+from sigmab_plugin.deploy import Runner, read_manifest
+from sigmab_plugin.models import cifar_resnet18
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved")
+    arguments = {"num_classes": 10, "width": 0.125}
+    dense = cifar_resnet18(**arguments).eval()
+    x = torch.randn(16, 3, 16, 16)
+    config = SigmaBConfig(levels=("layer3", "layer4"), head="fc", projection_dim=8)
+    net = SigmaBPruner(dense, (x[:2],), calibration_data=[x], config=config).step().eval()
+    save(net, folder)
+    record_of(
+        Namespace(model="cifar_resnet18", model_args=json.dumps(arguments), weights=None, argv=["compress"])
+    ).write(folder)
+    return folder, net
+
+
+def test_export_writes_a_bundle_that_runs(
+    saved: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, net = saved
+    target = tmp_path / "bundle"
+    words = [
+        "export",
+        str(folder),
+        "--to",
+        str(target),
+        "--format",
+        "torch",
+        "--input-shape",
+        "3,16,16",
+        "--quiet",
+    ]
+    assert main([*words, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    manifest = read_manifest(target)
+    assert printed == {"bundle": str(target), "format": "torch", "path_bytes": manifest.path_bytes()}
+    assert sum(manifest.path_parameters().values()) == sum(net.parameter_counts().per_path.values())
+    assert manifest.plan == json.loads(json.dumps(net.plan.to_dict()))
+    x = torch.randn(6, 3, 16, 16)
+    with torch.no_grad(), Runner(target) as runner:
+        result = runner.run(x)
+        np.testing.assert_allclose(result.logits, net(x).numpy(), atol=1e-5)
+        np.testing.assert_array_equal(result.leaves, net.route(x).numpy())
+    assert main(words) == 2  # it exists
+    assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "one of --data and --input-shape"),
+        (["--input-shape", "3x16"], "numbers and commas"),
+        (["--input-shape", "3,16,16", "--precision", "int8"], "give --data"),
+        (["--input-shape", "3,16,16", "--single-file", "--packed"], "leave out"),
+    ],
+)
+def test_options_that_do_not_fit(
+    saved: tuple[Path, Any],
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["export", str(saved[0]), "--to", str(tmp_path / "b"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
