@@ -113,6 +113,11 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     with threadpool_limits(options.threads):
         for size in options.sizes or (32,):
             add(size, "this package", lambda size=size: kmeans(blocks, size).distortion)  # type: ignore[misc]
+            add(
+                size,
+                "this package, sample only",
+                lambda size=size: kmeans(blocks, size, full_passes=0).distortion,
+            )  # type: ignore[misc]
             for batch in (1024, 16_384):
                 add(size, f"MiniBatchKMeans, batch {batch}", lambda s=size, b=batch: theirs(s, b))  # type: ignore[misc]
     weights = f"weights from {Path(options.weights).name}" if options.weights else "initial weights (seed 0)"

@@ -31,7 +31,7 @@ class LegoNetConfig(TechniqueConfig):
     sample: int | None = option(
         None, "blocks of the mini-batch phase; by default 512 per centroid, at least 65 536", minimum=1
     )
-    full_passes: int = option(2, "passes over all blocks after the mini-batch phase", minimum=0)
+    full_passes: int = option(1, "passes over all blocks after the mini-batch phase", minimum=0)
     reestimate_batchnorm: bool = option(False, "re-estimate BatchNorm statistics on the calibration data")
     finetune_epochs: int = option(0, "epochs of codebook fine-tuning on the training data", minimum=0)
     finetune_lr: float = option(0.1, "Adam's step as a share of the codebook's RMS", exclusiveMinimum=0.0)

@@ -1,8 +1,7 @@
 """k-means for millions of short vectors: float32, blockwise assignment by matrix products, seeded.
 
-The search for centroids runs on a sample first (mini-batch phase) and is finished with passes over
-all points. The centroids are then exact means of what is assigned to them, which a plain mini-batch
-k-means does not reach.
+The search for centroids runs Lloyd's passes on one sample until they converge (mini-batch phase) and is
+finished with a pass over all points, so centroids are means, not running averages of mini-batches.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def kmeans(
     iterations: int = 25,
     tolerance: float = 1e-4,
     sample: int | None = None,
-    full_passes: int = 2,
+    full_passes: int = 1,
     seed: int = 0,
 ) -> Clustering:
     """Cluster ``points`` (N, D) around ``count`` centroids.
