@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import xml.etree.ElementTree as ElementTree
 
-from sigmab_plugin.report import Row
+from sigmab_plugin.report import ReportData, Row
+from sigmab_plugin.report.html import render
 from sigmab_plugin.report.tradeoff import front, tradeoff_chart, tradeoff_section
 
 
@@ -53,3 +55,14 @@ def test_section_lists_the_measured_networks() -> None:
     assert "unmeasured" not in section.html
     assert section.html.count("<svg") == 2
     assert "nothing to plot" in tradeoff_section([]).html
+
+
+def test_a_comparison_shows_no_empty_parts() -> None:
+    data = ReportData(title="many", rows=tuple(ROWS), sections=(tradeoff_section(ROWS),))
+    headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", render(data))
+    assert headings == [
+        "Accuracy and size",
+        "Accuracy against bytes",
+        "What the numbers mean",
+        "How it was made",
+    ]

@@ -47,8 +47,7 @@ def write_report(path: str | os.PathLike[str], data: ReportData) -> tuple[Path, 
 
 def render(data: ReportData) -> str:
     """The page as one string."""
-    sections = [Section(title, body(data)) for title, body in PARTS]
-    sections += [*data.sections, Section("How it was made", origin(data))]
+    sections = [*_parts(data), Section("How it was made", origin(data))]
     anchors = _anchors([section.title for section in sections])
     links, bodies = [], []
     for anchor, section in zip(anchors, sections, strict=True):
@@ -88,6 +87,14 @@ def render(data: ReportData) -> str:
 """
     # A number and its unit stay on one line.
     return re.sub(r"(?<=\d) (?=%|pp\b)", "\u00a0", page)
+
+
+def _parts(data: ReportData) -> list[Section]:
+    """The built-in parts, then the caller's. A comparison of many networks has no one tree to show."""
+    parts = [Section(title, body(data)) for title, body in PARTS]
+    if data.sections and not (data.tree or data.leaves or data.channels or data.curves):
+        return [parts[0], *data.sections, parts[-1]]
+    return [*parts, *data.sections]
 
 
 def _headline(rows: Sequence[Row]) -> str:
