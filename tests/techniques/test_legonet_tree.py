@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from sigmab_plugin import SigmaBNet, SigmaBPruner
-from sigmab_plugin.errors import ConfigError
+from sigmab_plugin.counting import storage_bytes
+from sigmab_plugin.errors import ConfigError, ModelError
 from sigmab_plugin.hosts.torch_pruning_techniques import LegoNetPruner
 from sigmab_plugin.techniques.base import Context
 from sigmab_plugin.techniques.legonet import (
+    LazyNodes,
     LegoNetConfig,
     expand_into,
     expand_node,
@@ -73,6 +75,30 @@ def test_nodes_are_expanded_one_by_one(tree: SigmaBNet, tmp_path: Path) -> None:
             node = copy.deepcopy(module)
             node.load_state_dict(expand_node(tmp_path / "tree", name))
             assert same(node, whole.get_submodule(name))
+
+
+def test_only_the_paths_that_are_taken_are_expanded(tree: SigmaBNet, tmp_path: Path) -> None:
+    packed = pack(tree, LegoNetConfig(codebook_size=64))
+    save_packed(packed, tmp_path / "tree")
+    whole = expand_into(packed, tree).eval()
+    before = copy.deepcopy(tree)
+    with LazyNodes(tmp_path / "tree", tree) as lazy:
+        assert same(tree, before)
+        assert not lazy.resident
+        one = DATA[0][0][:1]
+        assert torch.equal(lazy.net(one), whole(one))
+        leaf = tree.leaves[int(whole.route(one))]
+        taken = {name for name, module in tree.path_modules(leaf) if module.state_dict()}
+        assert set(lazy.resident) == taken
+        assert sum(lazy.resident.values()) < storage_bytes(tree)
+        here = tuple(f"{name}." for name in taken)
+        assert all(p.is_meta != n.startswith(here) for n, p in lazy.net.named_parameters())
+        lazy.release(f"heads.{leaf.replace('/', '_')}")
+        assert set(lazy.resident) == taken - {f"heads.{leaf.replace('/', '_')}"}
+        every = torch.cat([inputs for inputs, _ in DATA])
+        assert torch.equal(lazy.net(every), whole(every))
+    with pytest.raises(ModelError, match="none of the nodes"):
+        LazyNodes(tmp_path / "tree", tree, nodes=["backbone"])
 
 
 def test_technique_on_a_tree_with_batchnorm_and_finetuning(tree: SigmaBNet) -> None:

@@ -19,6 +19,7 @@ from .bits import bits_per_index, pack_bits, unpack_bits
 from .calibration import CalibrationPairs
 from .config import LegoNetConfig
 from .finetune import finetune_codebook
+from .lazy import LazyNodes
 from .measure import PackingReport, gaussian_floor, measure
 from .packed import PackedModel, PackedTensor, expand_into, pack
 from .storage import LazyPackedModel, expand_node, load_packed, read_packed, save_packed
@@ -26,6 +27,7 @@ from .storage import LazyPackedModel, expand_node, load_packed, read_packed, sav
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "LazyNodes",
     "LazyPackedModel",
     "LegoNetConfig",
     "PackedModel",
