@@ -38,7 +38,7 @@ def tradeoff_section(rows: Sequence[Row]) -> Section:
         "Each number is a network of the list. The line joins those that no other network beats: none is at least as "
         "accurate with fewer bytes. Up and to the left is better."
     )
-    body = tag("p", about, cls="about") + tag("div", *figures, cls="grid top") + tag("div", names, cls="card")
+    body = tag("p", about, cls="about") + tag("div", *figures, tag("div", names, cls="card"), cls="grid top")
     return Section("Accuracy against bytes", body)
 
 
