@@ -29,30 +29,20 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return result
 
 
-@pytest.fixture
-def dense(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
-    path = tmp_path / "dense.safetensors"
+    path = tmp_path_factory.mktemp("dense") / "dense.safetensors"
     save_file(cifar_resnet18(**MODEL_ARGS).state_dict(), path)
     return path
 
 
-@pytest.fixture
-def tree(tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    out = tmp_path / "tree"
-    run(
-        capsys,
-        "compress",
-        *MODEL,
-        *TREE,
-        "--weights",
-        str(dense),
-        "--data",
-        "digits",
-        "--out",
-        str(out),
-        "--twin",
-    )
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
+    """What compress writes; tests read it only."""
+    out = tmp_path_factory.mktemp("run") / "tree"
+    words = ["--weights", str(dense), "--data", "digits", "--out", str(out), "--twin", "--quiet"]
+    assert main(["compress", *MODEL, *TREE, *words]) == 0
     return out
 
 

@@ -30,10 +30,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..tree import read_plan
-
     if not args.folder.is_dir():
         raise ConfigError(f"no such folder: {args.folder}; give what `sigmab compress --out` wrote")
+    from ..tree import read_plan
+
     plan = read_plan(args.folder)
     nodes = describe(plan, stored_sizes(args.folder))
     paths = {leaf: path_size(plan, nodes, leaf) for leaf in plan.leaves}
