@@ -3,8 +3,10 @@
     python benchmarks/deploy.py --cache /tmp/deploy --out benchmarks/results/deploy.json
 
 Variants are timed in turn, round after round, so that what else the machine does falls on all of them; medians
-and ratios are of one run. Weights are random (see ``deploy_networks``). Streamed rows read every weight of the
-path for every inference over a bus of limited rate; "predicted" is bytes / rate + the warm latency.
+and ratios are of one run. Processor time is printed beside wall time: on a busy machine it says more (with
+``--threads 1``, where no thread spins for another). Weights are random (see ``deploy_networks``). Streamed rows
+read every weight of the path for every inference over a bus of limited rate; "predicted" is bytes / rate + the
+warm latency.
 """
 
 from __future__ import annotations
@@ -36,18 +38,21 @@ RATES = {"50 MB/s": 50e6, "500 MB/s": 500e6, "2 GB/s": 2e9}
 Row = dict[str, Any]
 
 
+Times = list[tuple[float, float]]
+
+
 def timed(
     variants: dict[str, Callable[[np.ndarray], Any]], inputs: np.ndarray, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each variant, interleaved; the order changes from round to round."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
+) -> dict[str, Times]:
+    """(Wall, processor) seconds of each variant, interleaved; the order changes from round to round."""
+    times: dict[str, Times] = {name: [] for name in variants}
     order = list(variants)
     for number in range(rounds):
         x = inputs[number % len(inputs)][None]
         for name in order[number % len(order) :] + order[: number % len(order)]:
-            begin = time.perf_counter()
+            begin, busy = time.perf_counter(), time.process_time()
             variants[name](x)
-            times[name].append(time.perf_counter() - begin)
+            times[name].append((time.perf_counter() - begin, time.process_time() - busy))
     return times
 
 
@@ -110,11 +115,12 @@ def warm_rows(
 
 
 def streamed_rows(
-    case: Case, root: Path, backend: str, inputs: np.ndarray, args: argparse.Namespace
+    case: Case, root: Path, backend: str, inputs: np.ndarray, args: argparse.Namespace, known: Sequence[Row]
 ) -> list[Row]:
+    """Every inference reads its path; ``known`` are the warm rows, for the prediction."""
     form = BACKENDS[backend]
     rows = []
-    warm = {row["variant"]: row["median_s"] for row in warm_rows(case, root, backend, inputs, args)}
+    warm = {row["variant"]: row["median_s"] for row in known}
     for label, rate in RATES.items():
         # The disk here is no faster than the third rate: its reads come from the page cache, and sha256,
         # which alone takes longer, is off for all variants.
@@ -127,7 +133,7 @@ def streamed_rows(
             "io": "cached" if fast else "auto",
             "verify": not fast,
         }
-        options = {
+        options: dict[str, dict[str, Any]] = {
             "dense": {"directory": root / f"dense-{form}"},
             "dense, prefetch": {"directory": root / f"dense-links-{form}", "prefetch": "both"},
             "pruned": {"directory": root / f"pruned-{form}"},
@@ -150,8 +156,8 @@ def streamed_rows(
                 for x in inputs[:3]:
                     runner(x[None])
                 from_os[name] = (io_bytes() - before) / 3
-        for name, seconds in times.items():
-            row = _row(case, backend, name, f"streamed, {label}", seconds, times["dense"])
+        for name, own_times in times.items():
+            row = _row(case, backend, name, f"streamed, {label}", own_times, times["dense"])
             base = name.partition(",")[0]
             row.update(
                 bytes=counted[name],
@@ -162,9 +168,8 @@ def streamed_rows(
     return rows
 
 
-def _row(
-    case: Case, backend: str, name: str, mode: str, seconds: Sequence[float], dense: Sequence[float]
-) -> Row:
+def _row(case: Case, backend: str, name: str, mode: str, times: Times, dense_times: Times) -> Row:
+    (seconds, busy), (dense, dense_busy) = zip(*times, strict=True), zip(*dense_times, strict=True)
     return {
         "case": case.name,
         "backend": backend,
@@ -176,6 +181,8 @@ def _row(
         "p95_s": quantile(seconds, 0.95),
         "ratio": float(np.median(seconds) / np.median(dense)),
         "ratio_of_minima": float(min(seconds) / min(dense)),
+        "processor_s": float(np.median(busy)),
+        "ratio_of_processor": float(np.median(busy) / np.median(dense_busy)),
     }
 
 
@@ -210,6 +217,41 @@ def residency(case: Case, root: Path, args: argparse.Namespace) -> Row:
     }
 
 
+def agreement(case: Case, root: Path, images: np.ndarray, args: argparse.Namespace) -> list[Row]:
+    """Largest difference of logits from torch's on real images, and whether every one took the same path."""
+    with Runner(root / "sigmab-torch", backend="torch", threads=args.threads) as reference:
+        wanted = [reference.run(batch) for batch in np.split(images, len(images) // 50)]
+    rows = []
+    for backend in args.backends:
+        with Runner(root / f"sigmab-{BACKENDS[backend]}", backend=backend, threads=args.threads) as runner:
+            got = [runner.run(batch) for batch in np.split(images, len(images) // 50)]
+        rows.append(
+            {
+                "case": case.name,
+                "backend": backend,
+                "images": len(images),
+                "difference": max(
+                    float(np.abs(a.logits - b.logits).max()) for a, b in zip(got, wanted, strict=True)
+                ),
+                "largest_logit": max(float(np.abs(b.logits).max()) for b in wanted),
+                "same_path": float(
+                    np.mean([(a.leaves == b.leaves).mean() for a, b in zip(got, wanted, strict=True)])
+                ),
+                "leaf_counts": np.bincount(np.concatenate([b.leaves for b in wanted])).tolist(),
+            }
+        )
+    return rows
+
+
+def real_images(path: Path, count: int) -> np.ndarray:
+    """``count`` images of a data set's test split, scaled to zero mean and unit variance."""
+    from sigmab_plugin.data import make_loader, open_dataset
+
+    batch = next(iter(make_loader(open_dataset(path, split="test"), batch_size=count)))[0].numpy()
+    scaled: np.ndarray = ((batch - batch.mean()) / batch.std()).astype(np.float32)
+    return scaled
+
+
 def goals(rows: Sequence[Row], memory: Sequence[Row], counts: dict[str, Any]) -> list[Row]:
     """Each goal beside what was measured, met or not."""
     found = []
@@ -224,6 +266,7 @@ def goals(rows: Sequence[Row], memory: Sequence[Row], counts: dict[str, Any]) ->
         if row["variant"] == "sigmab":
             if row["mode"] == "warm":
                 goal("warm, split form / dense", where, row["ratio"], 0.75)
+                goal("warm, split form / dense, processor time", where, row["ratio_of_processor"], 0.75)
             else:
                 active = 4 * counts[row["case"]]["sigmab"]["parameters"]
                 goal(
@@ -247,7 +290,7 @@ def show(rows: Sequence[Row]) -> None:
         print(
             f"{row['case']:13} {row['backend']:11} {row['mode']:19} {row['variant']:24} "
             f"{row['median_s'] * 1e3:8.2f} ms (min {row['min_s'] * 1e3:.2f})  {row['ratio']:.3f} of dense "
-            f"({row['ratio_of_minima']:.3f} of minima){extra}",
+            f"({row['ratio_of_minima']:.3f} of minima, {row['ratio_of_processor']:.3f} of processor time){extra}",
             flush=True,
         )
 
@@ -259,26 +302,37 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=list(BACKENDS))
     parser.add_argument("--rounds", type=int, default=40, help="timings of each variant")
+    parser.add_argument(
+        "--images", type=Path, help="data set of 32x32 images: compare 1 000 with torch's answers"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--residency", type=int, default=10_000, help="inferences inside a budget (0: skip)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     _log.setLevel(logging.INFO)
     torch.set_num_threads(args.threads)
-    rows, memory, counts = [], [], {}
+    rows: list[Row] = []
+    memory: list[Row] = []
+    counts: dict[str, Any] = {}
     for name in args.cases:
         case, root = CASES[name], args.cache / name
         counts[name] = prepare(case, args.cache, [BACKENDS[b] for b in args.backends])
         print(name, json.dumps(counts[name]))
         inputs = np.random.default_rng(0).standard_normal((32, *case.shape), np.float32)
         for backend in args.backends:
-            for measure in (warm_rows, streamed_rows):
-                new = measure(case, root, backend, inputs, args)
-                show(new)
-                rows.extend(new)
+            warm = warm_rows(case, root, backend, inputs, args)
+            show(warm)
+            streamed = streamed_rows(case, root, backend, inputs, args, warm)
+            show(streamed)
+            rows.extend([*warm, *streamed])
     if args.residency and "resnet50-32" in args.cases and "onnxruntime" in args.backends:
         memory.append(residency(CASES["resnet50-32"], args.cache / "resnet50-32", args))
         print(json.dumps(memory[-1]))
+    agreements: list[Row] = []
+    if args.images and "resnet50-32" in args.cases:
+        images = real_images(args.images, 1000)
+        agreements = agreement(CASES["resnet50-32"], args.cache / "resnet50-32", images, args)
+        print(json.dumps(agreements, indent=1))
     found = goals(rows, memory, counts)
     for entry in found:
         word = "met" if entry["met"] else "NOT met"
@@ -288,11 +342,18 @@ def main() -> None:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": args.threads,
-        "load": os.getloadavg()[0],
+        "load_average": list(os.getloadavg()),
         "versions": {p: version(p) for p in ("torch", "onnxruntime", "openvino", "torch-pruning")},
         "weights": "random",
     }
-    body = {"machine": machine, "counts": counts, "rows": rows, "memory": memory, "goals": found}
+    body = {
+        "machine": machine,
+        "counts": counts,
+        "rows": rows,
+        "memory": memory,
+        "agreement": agreements,
+        "goals": found,
+    }
     args.out.write_text(json.dumps(body, indent=1))
 
 

@@ -46,8 +46,9 @@ def dense_model(case: Case) -> nn.Module:
     model = case.build().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            for tensor, low, high in ((module.weight, 0.5, 1.0), (module.running_var, 0.5, 1.5)):
+                assert tensor is not None
+                nn.init.uniform_(tensor, low, high)
     return model
 
 
@@ -64,7 +65,7 @@ def balance(net: SigmaBNet, x: Tensor) -> None:
     """Shift every router to the median of random inputs: random weights send nearly all of them one way."""
 
     def visit(path: str, frontier: Tensor) -> None:
-        router = net.routers[path.replace("/", "_") or "root"]
+        router: Any = net.routers[path.replace("/", "_") or "root"]
         logits = router(net.modality.pool(frontier))
         margins = (logits[:, 1] - logits[:, 0]).sort().values
         router.linear.bias[0] += margins[len(margins) // 2 - 1 :][:2].mean() * router.temperature
