@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sigmab_plugin
 from sigmab_plugin.cli import main
@@ -89,22 +89,16 @@ def test_finetune_then_evaluate(tree: Path, tmp_path: Path, capsys: pytest.Captu
     tuned = tmp_path / "tuned"
     recipe = tmp_path / "recipe.json"
     recipe.write_text('{"lr": 0.05, "warmup_epochs": 0.0, "label_smoothing": 0.0}')
-    words = [
-        "finetune",
-        str(tree),
-        "--data",
-        "digits",
-        "--epochs",
-        "2",
-        "--recipe",
-        str(recipe),
-        "--out",
-        str(tuned),
-    ]
+    words = ["finetune", str(tree), "--data", "digits", "--recipe", str(recipe), "--out", str(tuned)]
+    words += ["--epochs", "2", "--keep", "best"]
     run(capsys, *words)
     log = json.loads((tuned / "log.json").read_text())
     assert [record["epoch"] for record in log["records"]] == [1, 2]
     assert log["records"][1]["train_loss"] < log["records"][0]["train_loss"]
+    best = load_file(tuned / "checkpoints" / "sigmab" / "best.safetensors")
+    saved = load_file(tuned / "model.safetensors")
+    assert saved.keys() == best.keys()
+    assert all(torch.equal(saved[name], best[name]) for name in saved)
 
     page = tmp_path / "report.html"
     result = run(capsys, "evaluate", str(tuned), "--data", "digits", "--report", str(page))
@@ -118,6 +112,12 @@ def test_finetune_then_evaluate(tree: Path, tmp_path: Path, capsys: pytest.Captu
     # A second evaluation of what was saved gives the same numbers.
     again = run(capsys, "evaluate", str(tuned), "--data", "digits")
     assert again["networks"] == result["networks"]
+
+
+def test_best_epoch_needs_validation(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["finetune", str(tree), "--data", "digits", "--keep", "best", "--val-fraction", "0"]
+    assert main([*words, "--out", str(tmp_path / "tuned")]) == 2
+    assert "--keep best needs validation" in capsys.readouterr().err
 
 
 def test_evaluate_without_dense_weights_leaves_out_its_row(

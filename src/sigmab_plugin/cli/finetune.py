@@ -76,11 +76,13 @@ def train(args: argparse.Namespace, device: Any) -> None:
     from ..data import Subset, make_loader
     from ..report.provenance import provenance
     from ..tree import save
-    from ..tuning import finetune
+    from ..tuning import finetune, load_weights
     from ..tuning.distributed import is_main, rank, world_size
     from .folder import open_dense, open_net, open_twin, read_record, save_twin
     from .measure import Measured, check_fit, collect, command_line, example_of, say, show, shows_progress
 
+    if args.keep == "best" and not args.val_fraction:
+        raise ConfigError("--keep best needs validation; give --val-fraction above 0")
     recipe = read_recipe(args)
     record = read_record(args.folder, args)
     net = open_net(args.folder, record, device)
@@ -128,7 +130,8 @@ def train(args: argparse.Namespace, device: Any) -> None:
             progress=shows_progress(args),
             seed=args.seed,
         )
-        keep_epoch(args.keep, module, checkpoints, history.best_epoch)
+        if args.keep == "best":
+            load_weights(checkpoints / "best.safetensors", module)
         networks.append(Measured(name, role, module.eval(), history=history))
     if not is_main():
         return
@@ -171,14 +174,3 @@ def split_data(data: Dataset, args: argparse.Namespace) -> tuple[Dataset, Datase
     if not args.val_fraction:
         return data, None
     return split_validation(data, fraction=args.val_fraction, seed=args.seed)
-
-
-def keep_epoch(which: str, module: Any, checkpoints: Path, best: int | None) -> None:
-    """Put the best epoch's weights into ``module`` if that is asked for."""
-    if which == "last":
-        return
-    if best is None:
-        raise ConfigError("--keep best needs validation; give --val-fraction above 0")
-    from ..tuning import load_weights
-
-    load_weights(checkpoints / "best.safetensors", module)
