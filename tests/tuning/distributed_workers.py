@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from sigmab_plugin.tuning import distributed, finetune, reestimate_batchnorm
-from sigmab_plugin.tuning.loop import _synchronised
+from sigmab_plugin.tuning.scopes import synchronised as swapped_batchnorm
 
 NETS = {"tree": tree, "dense": dense}
 
@@ -104,7 +104,7 @@ def synchronised(rank: int, folder: Path) -> None:
     net = tree()
     before = [type(m) for m in net.modules()]
     mean = net.backbone[1].running_mean
-    with _synchronised(net, True):
+    with swapped_batchnorm(net, True):
         inside = {type(m).__name__ for m in net.modules() if hasattr(m, "running_mean")}
         shared = net.backbone[1].running_mean is mean
     after = [type(m) for m in net.modules()]

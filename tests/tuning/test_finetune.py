@@ -86,6 +86,17 @@ def test_mode_frozen_parameters_and_random_state_are_left_as_found() -> None:
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_a_frozen_backbone_keeps_weights_and_statistics() -> None:
+    net = tree(dropout=0.2)
+    before = state(net)
+    flags = [p.requires_grad for p in net.parameters()]
+    finetune(net, loader(), epochs=1, recipe=QUICK.replace(freeze_backbone=True), progress=False)
+    after = state(net)
+    changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"routers", "specializers", "heads"}
+    assert [p.requires_grad for p in net.parameters()] == flags
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, optimizer: str) -> None:
     recipe = QUICK.replace(optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 1e-3, hard_epochs=1)
@@ -281,6 +292,10 @@ class TestBadInput:
     def test_more_hard_epochs_than_epochs(self) -> None:
         with pytest.raises(ConfigError, match="hard_epochs 3 are more than the 2 epochs"):
             finetune(tree(), loader(), epochs=2, recipe=QUICK.replace(hard_epochs=3))
+
+    def test_a_dense_network_has_no_backbone_to_freeze(self) -> None:
+        with pytest.raises(ConfigError, match="Sequential has no backbone"):
+            finetune(dense(), loader(), epochs=1, recipe=QUICK.replace(freeze_backbone=True))
 
     def test_distillation_without_teacher(self) -> None:
         with pytest.raises(ConfigError, match="there is no teacher"):

@@ -25,6 +25,11 @@ class StaticTwin(nn.Module):
         super().__init__()
         self.segments = nn.ModuleList(segments)
 
+    @property
+    def backbone(self) -> nn.Module:
+        """What the tree shares over all paths."""
+        return self.segments[0]
+
     def forward(self, *inputs: Any, **named: Any) -> torch.Tensor:
         if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)) and not named:
             inputs = tuple(inputs[0])

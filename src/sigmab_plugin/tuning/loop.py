@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from .objective import Objective, leaf_names
 from .progress import Progress
 from .recipe import TrainRecipe, as_recipe
 from .schedule import learning_rate, router_temperature
+from .scopes import backbone_of, frozen, left_as_found, synchronised
 from .seeding import preserve_random_state, seed_epoch
 
 logger = logging.getLogger(__name__)
@@ -86,7 +85,13 @@ def finetune(
         FormatError: the checkpoint is damaged or belongs to another network or run.
     """
     used, total = _settings(net, as_recipe(recipe), epochs, teacher)
-    with preserve_random_state(), _left_as_found(net, teacher), _synchronised(net, sync_batchnorm):
+    fixed = backbone_of(net) if used.freeze_backbone else None
+    with (
+        preserve_random_state(),
+        left_as_found(net, teacher),
+        synchronised(net, sync_batchnorm),
+        frozen(fixed),
+    ):
         run = _Run(
             net,
             train_loader,
@@ -183,6 +188,8 @@ class _Run:
         started = time.perf_counter()
         seed_epoch(self.loader, seed=self.seed, epoch=epoch, rank=rank())
         self.net.train()
+        if self.recipe.freeze_backbone:
+            backbone_of(self.net).eval()
         self.objective.straight_through = epoch >= self.epochs - self.recipe.hard_epochs
         self.objective.router_temperature = router_temperature(self.recipe, epoch, epochs=self.epochs)
         bar.start_epoch(epoch + 1, self.steps)
@@ -371,39 +378,3 @@ def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any])
             f"{path} belongs to a run with other settings ({what}); give them again, another checkpoint_dir, or "
             "resume=False"
         )
-
-
-@contextmanager
-def _left_as_found(net: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
-    """Puts back every submodule's mode, and the teacher's device."""
-    modules = [*net.modules(), *(teacher.modules() if teacher is not None else ())]
-    modes = [(module, module.training) for module in modules]
-    place = None if teacher is None else module_device(teacher)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        if teacher is not None:
-            teacher.to(place)
-
-
-@contextmanager
-def _synchronised(net: nn.Module, enabled: bool) -> Iterator[None]:
-    """Swaps BatchNorm for SyncBatchNorm, which shares its tensors, and swaps the originals back."""
-    if not enabled or world_size() == 1:
-        yield
-        return
-    found = [
-        (parent, name, child)
-        for parent in net.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.modules.batchnorm._BatchNorm)
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        for parent, name, child in found:
-            setattr(parent, name, child)

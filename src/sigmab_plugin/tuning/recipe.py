@@ -38,6 +38,10 @@ class TrainRecipe(TechniqueConfig):
     distillation_weight: float = option(0.0, "weight of the teacher term; needs a teacher", minimum=0.0)
     distillation_temperature: float = option(2.0, "softening of the teacher term", exclusiveMinimum=0.0)
     bn_reestimation: bool = option(False, "re-estimate BatchNorm statistics after the last epoch")
+    freeze_backbone: bool = option(
+        False,
+        "train only what lies behind the backbone, whose weights and BatchNorm statistics stay (trees, twins)",
+    )
     hard_epochs: int = option(0, "last epochs with straight-through hard routing (trees only)", minimum=0)
     router_temperature: float = option(
         1.0, "first epoch's extra softening of the router, annealed geometrically to 1", exclusiveMinimum=0.0
