@@ -33,6 +33,9 @@ TITLES = {
     "twin-equal-teacher": "static twin widened to SigmaB's active parameters + teacher",
     "pruned-magnitude-teacher": "Torch-Pruning, group magnitude + teacher",
     "pruned-taylor-teacher": "Torch-Pruning, group Taylor + teacher",
+    "sigmab-sharp-teacher": "SigmaB + teacher, router temperature 0.25",
+    "sigmab-hard-teacher": "SigmaB + teacher, hard routing in all epochs",
+    "sigmab-sharp-lambda-0-teacher": "SigmaB + teacher, router temperature 0.25, λ = 0",
     "random-partition": "SigmaB, the paper's loss, random partition",
     "lambda-0": "SigmaB, the paper's loss, λ = 0",
 }

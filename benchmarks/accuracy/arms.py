@@ -88,8 +88,8 @@ def wide_twin(
 ) -> nn.Module:
     """A static twin that spends what the tree spends on routers on its own width instead.
 
-    The twin of the same shape has no routers, so it is smaller than the tree's path. Here all widths of
-    the tail are multiplied by the factor at which parameter counts agree best.
+    The twin of the same shape has no routers, so it is smaller than the tree's path. Here the widths
+    of the tail's outputs are multiplied by the factor at which parameter counts agree best.
     """
     batch = [next(iter(data))]
 
@@ -100,13 +100,14 @@ def wide_twin(
             changed = config.replace(active_ratio=min(1.0, factor * target / parameter_count(dense)))
         return static_twin(dense, example, config=changed, calibration_data=calibration_data)
 
-    factor = _solve(lambda f: parameter_count(twin(f, batch)), target, low=0.8, high=1.6, rising=True)
+    factor = _solve(lambda f: parameter_count(twin(f, batch)), target, low=0.9, high=1.6, rising=True)
     return twin(factor, data)
 
 
 def _scaled(widths: Any, factor: float) -> Any:
+    """Output widths times ``factor``; inner ones may be at the dense width already and stay."""
     if isinstance(widths, dict):
-        return {key: _scaled(value, factor) for key, value in widths.items()}
+        return {key: value if key == "inner" else _scaled(value, factor) for key, value in widths.items()}
     return round(widths * factor)
 
 
@@ -123,7 +124,7 @@ def pruned(dense: nn.Module, example: Any, importance: str, *, target: int, data
 def _solve(count: Callable[[float], int], target: int, *, low: float, high: float, rising: bool) -> float:
     """Bisection for the argument whose count is nearest to ``target``; counts are step functions."""
     best, gap = low, abs(count(low) - target)
-    for _ in range(12):
+    for _ in range(9):
         middle = (low + high) / 2
         found = count(middle)
         if abs(found - target) < gap:
