@@ -107,7 +107,7 @@ def export(
             _options(format, precision, layout, net.modality.name, calibration), backbone=backbone
         )
         plan = net.plan.to_dict() if net.plan is not None else None
-        return _write(
+        return write_bundle(
             sources, tuple(net.leaves), plan, options, directory, packed=packed, overwrite=overwrite
         )
 
@@ -134,7 +134,7 @@ def export_chain(
         sources = chain(modules, example_inputs)
         options = _options(format, precision, layout, "images", None)
         leaves = (sources[-1].path,)
-        return _write(sources, leaves, None, options, directory, packed=packed, overwrite=overwrite)
+        return write_bundle(sources, leaves, None, options, directory, packed=packed, overwrite=overwrite)
 
 
 def _options(form: str, precision: str, layout: str, modality: str, calibration: Any) -> Options:
@@ -156,17 +156,19 @@ def _options(form: str, precision: str, layout: str, modality: str, calibration:
     return Options(form, precision, layout, modality, calibration)
 
 
-def _write(
+def write_bundle(
     sources: Sequence[NodeSource],
     leaves: tuple[str, ...],
     plan: dict[str, Any] | None,
     options: Options,
     directory: str | Path,
     *,
-    packed: bool,
-    overwrite: bool,
+    packed: bool = False,
+    overwrite: bool = False,
+    exporter: Any = None,
 ) -> Manifest:
-    exporter = import_module(FORMATS[options.format], __package__)
+    """Write one artefact per source. ``exporter`` stands in for the format's own module (same functions)."""
+    exporter = exporter or import_module(FORMATS[options.format], __package__)
     nodes: list[Node] = []
     with atomic_directory(Path(directory), overwrite=overwrite) as work:
         writer = BundleWriter(work, packed=packed)

@@ -20,8 +20,8 @@ from .nncf_schema import Section, SectionError, module_path
 
 _log = logging.getLogger(__name__)
 
-#: Samples of a node's input that are kept in memory while its subtree is handled.
-_LIMIT = 1024
+#: Samples that are carried through the tree; a leaf of four then sees some hundreds.
+_LIMIT = 2048
 
 
 @dataclass
@@ -149,18 +149,19 @@ def _plain(item: tuple[Any, ...]) -> Any:
 
 
 def _samples(item: Any) -> int:
-    first = item[0] if isinstance(item, (tuple, list)) else item
+    """Samples of a batch of inputs; for points with the cloud of each, clouds."""
+    first, *others = item if isinstance(item, (tuple, list)) else (item,)
+    if others and torch.is_tensor(others[-1]) and others[-1].ndim == 1 and not others[-1].is_floating_point():
+        return int(others[-1].max()) + 1
     return int(first.shape[0]) if torch.is_tensor(first) and first.ndim else 1
 
 
 def _tree_parts(net: SigmaBNet, items: list[tuple[Any, ...]], per_leaf: bool) -> Iterator[Part]:
-    pointwise = any(kind.name == "points" for kind in net.modalities)
-    backbone = Part(
-        "backbone", net.backbone, [_plain(i) for i in items], [_samples(i) for i in items], net, "backbone", not pointwise
-    )
-    yield backbone
-    frontiers = _outputs(net.backbone, items)
-    yield from _below(net, "", frontiers, per_leaf)
+    first = net.modality
+    sizes = [_samples(item) for item in items]
+    inputs = [_plain(item) for item in items]
+    yield Part("backbone", net.backbone, inputs, sizes, net, "backbone", first.name != "points")
+    yield from _below(net, "", _outputs(net.backbone, items, first), per_leaf)
 
 
 def _below(net: SigmaBNet, path: str, frontiers: list[Any], per_leaf: bool) -> Iterator[Part]:
@@ -187,7 +188,7 @@ def _below(net: SigmaBNet, path: str, frontiers: list[Any], per_leaf: bool) -> I
         inputs = [_plain(_tuple(value)) for value in own]
         counts = [kind.size(value) for value in own]
         yield Part(f"specializers.{inner}", net.specializers[inner], inputs, counts, net.specializers, inner, axis)
-        yield from _below(net, below, _outputs(net.specializers[inner], own), per_leaf)
+        yield from _below(net, below, _outputs(net.specializers[inner], own, net.modalities[depth + 1]), per_leaf)
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -196,23 +197,23 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 
 def _branch(kind: Any, frontiers: Sequence[Any], choices: Sequence[torch.Tensor], branch: int) -> list[Any]:
     chosen = []
-    count = 0
     for value, choice in zip(frontiers, choices):
         index = (choice == branch).nonzero().flatten()
-        if len(index) and count < _LIMIT:
+        if len(index):
             chosen.append(kind.take(value, index))
-            count += len(index)
     return chosen
 
 
-def _outputs(module: nn.Module, values: Sequence[Any]) -> list[Any]:
-    results, count = [], 0
+def _outputs(module: nn.Module, values: Sequence[Any], kind: Any) -> list[Any]:
+    """What the next parts read; ``kind`` is the modality of the results."""
+    results: list[Any] = []
+    count = 0
     with torch.no_grad():
         for value in values:
-            if count >= _LIMIT * 2:
+            if count >= _LIMIT:
                 break
             results.append(call(module, value))
-            count += _samples(value)
+            count += kind.size(results[-1])
     return results
 
 

@@ -35,10 +35,10 @@ def export_artefact(source: NodeSource, options: Options) -> Artefact:
     with tempfile.TemporaryDirectory(prefix="sigmab-") as work:
         file = Path(work) / "node.xml"
         ov.save_model(model, str(file), compress_to_fp16=options.precision == "fp16")
-        return _repack(file.read_bytes(), file.with_suffix(".bin").read_bytes())
+        return repack(file.read_bytes(), file.with_suffix(".bin").read_bytes())
 
 
-def _repack(xml: bytes, constants: bytes) -> Artefact:
+def repack(xml: bytes, constants: bytes) -> Artefact:
     """Lay the constants out as a region and point the graph at their new offsets."""
     root = ET.fromstring(xml)
     found: dict[tuple[int, int], list[ET.Element]] = {}
