@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sigmab_plugin.deploy import Runner, export_chain, read_manifest
+from sigmab_plugin.deploy import Runner, export, export_chain, read_manifest
 from sigmab_plugin.errors import ConfigError, FormatError, SigmaBError
 
 Expected = tuple[Tensor, Tensor]
@@ -315,6 +315,8 @@ def test_wrong_inputs_and_closed_runners(bundle: Path, images: Tensor) -> None:
     runner = Runner(bundle)
     with pytest.raises(ConfigError, match="must be float32; got float64"):
         runner(images[:1].double())
+    with pytest.raises(ConfigError, match="no samples"):
+        runner(images[:0])
     with pytest.raises(ConfigError, match="takes 1 inputs; got 2"):
         runner((images, images))
     runner.close()
@@ -336,3 +338,17 @@ def test_wrong_inputs_and_closed_runners(bundle: Path, images: Tensor) -> None:
 def test_options_are_checked(bundle: Path, options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Runner(bundle, **options)
+
+
+def test_a_backbone_outside_the_bundle(
+    net: Any, images: Tensor, expected: Expected, bundle: Path, tmp_path: Path
+) -> None:
+    manifest = export(net, images[:2], tmp_path / "b", format="torch", backbone=False)
+    assert manifest.node("").parameters == sum(p.numel() for p in net.routers["root"].parameters())
+    with pytest.raises(ConfigError, match="pass backbone="):
+        Runner(tmp_path / "b")
+    with pytest.raises(ConfigError, match="leave out backbone="):
+        Runner(bundle, backbone=net.backbone)
+    with Runner(tmp_path / "b", backbone=net.backbone, prefetch="both", trace=100) as runner:
+        np.testing.assert_allclose(runner.map(images), expected[0].numpy(), atol=1e-5)
+        assert runner.trace.events("compute")[0].node == "backbone"

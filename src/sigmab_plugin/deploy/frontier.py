@@ -35,7 +35,7 @@ def as_arrays(inputs: Any, dtypes: tuple[str, ...]) -> Frontier:
     """The arguments of a call as contiguous arrays: a NumPy array, a tensor, or a tuple of them.
 
     Raises:
-        ConfigError: their number or types are not the bundle's.
+        ConfigError: their number or types are not the bundle's, or there is no sample.
     """
     values = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if len(values) != len(dtypes):
@@ -47,5 +47,7 @@ def as_arrays(inputs: Any, dtypes: tuple[str, ...]) -> Frontier:
         array = np.ascontiguousarray(value)
         if array.dtype.name != dtype:
             raise ConfigError(f"input {position} must be {dtype}; got {array.dtype.name}")
+        if array.shape[:1] in ((), (0,)):
+            raise ConfigError(f"input {position} has no samples: its shape is {array.shape}")
         arrays.append(array)
     return tuple(arrays)

@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import MissingDependencyError, ModelError
 from .manifest import Region
 from .nodes import NodeSource
-from .writing import RawTensor
+from .writing import RawTensor, raw
 
 if TYPE_CHECKING:
     import onnx
@@ -170,13 +170,13 @@ def take_weights(model: onnx.ModelProto) -> list[RawTensor]:
     The graph keeps a graph input of the same name for each: a runtime binds the bytes there without
     copying, and a session does not have to be built again when a node comes back.
     """
-    from onnx import helper
+    from onnx import helper, numpy_helper
 
     order = {name: i for i, node in enumerate(reversed(model.graph.node)) for name in node.input}
     large = [t for t in model.graph.initializer if _size(t) > INLINE_BYTES and t.name in order]
     small = [t for t in model.graph.initializer if _size(t) <= INLINE_BYTES and t.name in order]
     large.sort(key=lambda t: -order[t.name])
-    tensors = [_raw(t) for t in large]
+    tensors = [raw(t.name, numpy_helper.to_array(t)) for t in large]
     inputs = [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large]
     kept = [_inline(t) for t in small]
     del model.graph.initializer[:]
@@ -212,21 +212,9 @@ def with_external_data(model: onnx.ModelProto, region: Region) -> onnx.ModelProt
 def _size(tensor: onnx.TensorProto) -> int:
     from onnx import helper
 
-    bits = {22: 4, 21: 4}.get(tensor.data_type)
-    count = int(np.prod(tensor.dims, dtype=np.int64))
-    if bits:
-        return -(-count * bits // 8)
-    return count * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
-
-
-def _raw(tensor: onnx.TensorProto) -> RawTensor:
-    from onnx import TensorProto, numpy_helper
-
-    if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
-        name = "int4" if tensor.data_type == TensorProto.INT4 else "uint4"
-        return tensor.name, name, tuple(tensor.dims), bytes(tensor.raw_data)
-    array = numpy_helper.to_array(tensor)
-    return tensor.name, array.dtype.name, tuple(array.shape), np.ascontiguousarray(array).tobytes()
+    return int(np.prod(tensor.dims, dtype=np.int64)) * int(
+        helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    )
 
 
 def _inline(tensor: onnx.TensorProto) -> onnx.TensorProto:

@@ -261,7 +261,7 @@ class Runner:
         return data
 
     def warm(self, paths: Sequence[str] | None = None) -> None:
-        """Load nodes now (all that exist, or ``paths``), as far as the budget allows."""
+        """Load nodes now, all or ``paths``; if they exceed the budget, the last ones stay."""
         for path in self._nodes if paths is None else paths:
             self._residency.acquire(path)
             self._residency.release(path)

@@ -141,6 +141,9 @@ class Reader:
                 job.error = _fault(job.node, f"{job.node.weights.file}: {error.strerror or error}")
             except MemoryError:
                 job.error = _fault(job.node, f"no memory for {job.node.weights.nbytes} bytes")
+            except Exception as error:  # a reading thread that dies would leave callers waiting
+                _log.exception("reading node %r failed", job.node.path)
+                job.error = _fault(job.node, repr(error))
             if ended:
                 with self._wake:
                     self._jobs.remove(entry)

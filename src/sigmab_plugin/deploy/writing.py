@@ -72,8 +72,17 @@ class BundleWriter:
 
 
 def write_manifest(directory: Path, body: dict[str, Any]) -> None:
-    data = json.dumps(body, indent=1, allow_nan=False).encode()
-    BundleWriter(directory, packed=False).file(MANIFEST_NAME, data)
+    """One line per key, and per node: a plan holds thousands of channel numbers."""
+
+    def text(value: Any) -> str:
+        return json.dumps(value, allow_nan=False)
+
+    lines = []
+    for key, value in body.items():
+        nodes = ",\n  ".join(text(node) for node in value) if key == "nodes" else ""
+        lines.append(f"{text(key)}: [\n  {nodes}\n ]" if nodes else f"{text(key)}: {text(value)}")
+    data = "{\n " + ",\n ".join(lines) + "\n}\n"
+    BundleWriter(directory, packed=False).file(MANIFEST_NAME, data.encode())
 
 
 def _sync_directory(directory: Path) -> None:

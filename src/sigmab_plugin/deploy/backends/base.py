@@ -35,18 +35,14 @@ class Backend(Protocol):
 
 
 def views(node: Node, weights: mmap.mmap | None) -> Iterator[tuple[TensorEntry, Array]]:
-    """The tensors of a region as arrays over its bytes, nothing copied. Types NumPy lacks come as uint8."""
+    """The tensors of a region as arrays over its bytes, nothing copied."""
     for entry in node.weights.tensors:
-        if weights is None:
-            yield entry, np.zeros(entry.shape, entry.dtype)
-            continue
-        raw = np.frombuffer(weights, np.uint8, entry.nbytes, entry.offset)
-        try:
-            dtype = np.dtype(entry.dtype)
-        except TypeError:
-            yield entry, raw
+        dtype = np.dtype(entry.dtype)
+        if weights is None or entry.nbytes == 0:
+            yield entry, np.zeros(entry.shape, dtype)
         else:
-            yield entry, raw.view(dtype).reshape(entry.shape)
+            count = entry.nbytes // dtype.itemsize
+            yield entry, np.frombuffer(weights, dtype, count, entry.offset).reshape(entry.shape)
 
 
 def missing(runtime: str, extra: str, error: ImportError) -> MissingDependencyError:

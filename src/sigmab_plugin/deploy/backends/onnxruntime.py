@@ -22,11 +22,7 @@ class _Bound:
         self._outputs = [value.name for value in node.outputs]
         self._weights = {}
         for entry, array in views(node, weights):
-            if entry.dtype in _PACKED:
-                value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _PACKED[entry.dtype])
-            else:
-                value = ort.OrtValue.ortvalue_from_numpy(array)
-            self._weights[entry.name] = value
+            self._weights[entry.name] = ort.OrtValue.ortvalue_from_numpy(array)
 
     def __call__(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         feeds = {
@@ -35,9 +31,6 @@ class _Bound:
         }
         results = self._session.run_with_ort_values(self._outputs, {**self._weights, **feeds})
         return tuple(value.numpy() for value in results)
-
-
-_PACKED: dict[str, int] = {}
 
 
 class OnnxRuntime:
