@@ -90,6 +90,7 @@ def test_tempering_divides_the_logits_of_every_router(temperature: float, seed: 
         ({"label_smoothing": 1.0}, "label_smoothing must be less than 1"),
         ({"momentum": 0.0}, "nesterov needs momentum"),
         ({"hard_epochs": -1}, "hard_epochs must be at least 0"),
+        ({"freeze_backbone": True, "bn_reestimation": True}, "choose one"),
     ],
 )
 def test_recipes_that_cannot_work(changes: dict[str, object], words: str) -> None:

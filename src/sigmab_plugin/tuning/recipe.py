@@ -51,6 +51,11 @@ class TrainRecipe(TechniqueConfig):
         """Check what one option alone cannot tell."""
         if self.optimizer == "sgd" and self.nesterov and not self.momentum:
             raise ConfigError("train: nesterov needs momentum; set momentum or nesterov=False")
+        if self.freeze_backbone and self.bn_reestimation:
+            raise ConfigError(
+                "train: freeze_backbone keeps the backbone's BatchNorm statistics and bn_reestimation renews them; "
+                "choose one"
+            )
 
     @classmethod
     def published(cls, name: str) -> TrainRecipe:
