@@ -57,6 +57,11 @@ def test_rows_twins_report_and_resuming(tmp_path: Path, capsys: pytest.CaptureFi
 
     stamps = {path: path.stat().st_mtime_ns for path in (out / "rows").iterdir()}
     assert len(stamps) == 5
+    shares = [json.loads(path.read_text())["leaf_shares"] for path in stamps]
+    assert sorted(len(share) for share in shares) == [0, 0, 0, 4, 4]
+    assert all(sum(share) == pytest.approx(1) for share in shares if share)
+    starved = any(min(share) < 0.01 for share in shares if share)
+    assert ("hardly used" in page) == starved
     assert compare(file(tmp_path), out, "--json") == 0
     assert json.loads(capsys.readouterr().out)["networks"] == printed["networks"]
     assert {path: path.stat().st_mtime_ns for path in (out / "rows").iterdir()} == stamps

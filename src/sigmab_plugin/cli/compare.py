@@ -35,6 +35,8 @@ DEFAULTS: dict[str, Any] = {
     "twins": True,
 }
 REQUIRED = ("model", "data", "runs")
+#: A leaf with a smaller share of the test samples is named in the notes.
+STARVED = 0.01
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -203,9 +205,17 @@ def _write(
             f"Bytes of {', '.join(packed)} are those of the form they are stored in (codebook and packed indices, or "
             "one bit per weight and the weights that are not zero); to run, they are expanded to dense weights."
         )
+    for outcome in outcomes:
+        starved = sum(share < STARVED for share in outcome.leaf_shares)
+        if starved:
+            notes.append(
+                f"{outcome.row.name}: {starved} of {len(outcome.leaf_shares)} leaves get fewer than {STARVED:.0%} of the "
+                "test samples, so what they store is hardly used. More epochs, a larger responsibility_weight or a "
+                "router_temperature above 1 may help."
+            )
     report = ReportData(
         title=plan.values["title"] or f"Techniques compared on {Path(str(plan.values['data'])).name}",
-        summary=f"{len(plan.runs)} lists of techniques on one trained network. Trees stand beside their static twins.",
+        summary=f"{len(plan.runs)} lists of techniques on one trained network; trees beside their static twins.",
         facts={
             "Model": str(plan.values["model"]),
             "Data": f"{sizes[0]:,} train, {sizes[1]:,} validation, {sizes[2]:,} test",

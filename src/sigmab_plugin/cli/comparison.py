@@ -50,6 +50,7 @@ class Outcome:
         validation_accuracy: on the split that choices are made on.
         form: ``dense``, ``sparse`` or ``codebook``: how the bytes are stored.
         seconds: of this row alone, shared beginnings not counted again.
+        leaf_shares: share of test samples by leaf; empty for what is no tree.
     """
 
     row: Row
@@ -57,6 +58,7 @@ class Outcome:
     form: str
     sections: tuple[dict[str, Any], ...]
     seconds: float
+    leaf_shares: tuple[float, ...] = ()
 
 
 @dataclass
@@ -140,7 +142,8 @@ class Comparison:
         from ..tree import SigmaBNet
         from ..tuning import evaluate
 
-        accuracy = evaluate(network, self.test).accuracy
+        tested = evaluate(network, self.test)
+        accuracy = tested.accuracy
         if isinstance(network, SigmaBNet):
             row = net_row(run.name, network, self.example, accuracy=accuracy)
         else:
@@ -152,6 +155,7 @@ class Comparison:
             form=size.form,
             sections=run.sections,
             seconds=seconds,
+            leaf_shares=tested.leaf_shares,
         )
 
     # Networks -----------------------------------------------------------------------------------------
