@@ -36,12 +36,16 @@ TITLES = {
     "sigmab-sharp-teacher": "SigmaB + teacher, router temperature 0.25",
     "sigmab-hard-teacher": "SigmaB + teacher, hard routing in all epochs",
     "sigmab-sharp-lambda-0-teacher": "SigmaB + teacher, router temperature 0.25, λ = 0",
+    "sigmab-ours": "SigmaB + teacher, frozen backbone, inner channels by activation",
+    "sigmab-frozen-teacher": "SigmaB + teacher, frozen backbone",
+    "twin-frozen-teacher": "static twin + teacher, frozen backbone",
     "random-partition": "SigmaB, the paper's loss, random partition",
     "lambda-0": "SigmaB, the paper's loss, λ = 0",
 }
 COLUMNS = (
     "network",
     "runs",
+    "epochs",
     "accuracy %",
     "mean class %",
     "active parameters",
@@ -64,7 +68,8 @@ def read_results(folder: Path) -> dict[str, list[Result]]:
         found.setdefault(record["arm"], []).append(record)
     if not found:
         raise SystemExit(f"{folder}: no results; run benchmarks/run.py first")
-    order = ["dense", *next(iter(found.values()))[0]["recipe"]["arms"]]
+    recipes = [record["recipe"]["arms"] for runs in found.values() for record in runs]
+    order = ["dense", *max(recipes, key=len)]
     return {
         arm: found[arm] for arm in sorted(found, key=lambda a: order.index(a) if a in order else len(order))
     }
@@ -105,6 +110,7 @@ def _table(results: dict[str, list[Result]]) -> str:
         cells = [
             TITLES.get(arm, arm),
             str(len(runs)),
+            str(runs[0]["epochs"]),
             spread([r["test"]["accuracy"] for r in runs]),
             spread([r["test"]["mean_class_accuracy"] for r in runs]),
             f"{counts['active_parameters']:,}{saved}".replace(",", " "),
@@ -153,6 +159,8 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
     pairs = (
         ("sigmab", "twin"),
         ("sigmab-teacher", "twin-teacher"),
+        ("sigmab-ours", "twin-frozen-teacher"),
+        ("sigmab-frozen-teacher", "twin-frozen-teacher"),
         ("sigmab-teacher", "twin-equal-teacher"),
         ("sigmab-teacher", "pruned-magnitude-teacher"),
         ("sigmab", "random-partition"),
@@ -195,7 +203,7 @@ def _provenance(results: dict[str, list[Result]]) -> str:
     )
     return (
         f"{first['note']}. Dense: {', '.join(sorted(set(dense))) or 'not listed'}; "
-        f"every other row: {', '.join(sorted(samples)) or 'none'} from it. "
+        f"the rows below: {', '.join(sorted(samples)) or 'none'} from it. "
         f"Dense networks: {len(networks)}; seeds: {', '.join(map(str, seeds))}; ± is one standard deviation over runs. "
         f"Test part ({first['test']['samples']} samples) read once per run, last epoch's weights. "
         f"Training minutes on a shared machine: {minutes}. "

@@ -82,8 +82,8 @@ def test_a_table_that_was_edited_is_found(finished: Path, tmp_path: Path, capsys
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     accuracy = f"{_read(finished, 'twin')['test']['accuracy']:.2f}"
-    assert text.count(f"| static twin | 1 | {accuracy} |") == 2
-    page.write_text(text.replace(f"| static twin | 1 | {accuracy} |", "| static twin | 1 | 99.99 |"))
+    assert text.count(f"| static twin | 1 | 1 | {accuracy} |") == 2
+    page.write_text(text.replace(f"| static twin | 1 | 1 | {accuracy} |", "| static twin | 1 | 1 | 99.99 |"))
     capsys.readouterr()
     assert report.main(["--results", str(finished), "--check", str(page)]) == 1
     assert "99.99" in capsys.readouterr().out
