@@ -49,13 +49,17 @@ def digits() -> tuple[Data, Data]:
 def train(net: nn.Module, data: Data, epochs: int, learning_rate: float) -> nn.Module:
     """Adam with a cosine schedule; eq. 8 for a tree, cross-entropy for anything else."""
     generator = torch.Generator().manual_seed(0)
-    loader = DataLoader(TensorDataset(*data), batch_size=64, shuffle=True, generator=generator, drop_last=True)
+    loader = DataLoader(
+        TensorDataset(*data), batch_size=64, shuffle=True, generator=generator, drop_last=True
+    )
     optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
     net.train()
     for _ in range(epochs):
         for images, targets in loader:
-            loss = net.loss(images, targets) if hasattr(net, "leaves") else F.cross_entropy(net(images), targets)
+            loss = (
+                net.loss(images, targets) if hasattr(net, "leaves") else F.cross_entropy(net(images), targets)
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -149,7 +153,9 @@ def run(epochs: int, repeats: int, width: float) -> dict[str, Any]:
         "command": " ".join(["python", *sys.argv]),
         "data": "scikit-learn digits, 1078 training and 719 test images",
         "epochs": {"dense": 3 * epochs, "tree and twin": epochs, "after quantization": 0},
-        "versions": {name: version(name) for name in ("torch", "nncf", "openvino", "onnxruntime", "torch-pruning")},
+        "versions": {
+            name: version(name) for name in ("torch", "nncf", "openvino", "onnxruntime", "torch-pruning")
+        },
         "machine": platform.processor() or platform.machine(),
         "leaf_shares": tree.route(test_data[0]).bincount(minlength=4).tolist(),
         "rows": rows,
@@ -172,7 +178,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=300, help="inferences per latency")
     parser.add_argument("--width", type=float, default=0.5, help="of the ResNet; 1 is 64 to 512 channels")

@@ -14,14 +14,21 @@ from torch.utils.data import DataLoader, TensorDataset
 SIGMAB = {"algorithm": "sigmab", "levels": ["layer3", "layer4"], "head": "fc", "projection_dim": 8}
 QUANTIZATION = {
     "algorithm": "quantization",
-    "initializer": {"range": {"num_init_samples": 64}, "batchnorm_adaptation": {"num_bn_adaptation_samples": 0}},
+    "initializer": {
+        "range": {"num_init_samples": 64},
+        "batchnorm_adaptation": {"num_bn_adaptation_samples": 0},
+    },
 }
 SPARSITY = {
     "algorithm": "magnitude_sparsity",
     "sparsity_init": 0.1,
     "params": {"schedule": "multistep", "multistep_sparsity_levels": [0.3, 0.5], "multistep_steps": [1]},
 }
-PRUNING = {"algorithm": "filter_pruning", "pruning_init": 0.1, "params": {"pruning_target": 0.4, "pruning_steps": 4}}
+PRUNING = {
+    "algorithm": "filter_pruning",
+    "pruning_init": 0.1,
+    "params": {"pruning_target": 0.4, "pruning_steps": 4},
+}
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,12 @@ def attempt(request: Any, nncf_major: int, config_of: Any, loader: Any) -> Attem
         nncf_torch = request.getfixturevalue("nncf_v2")
         from nncf import NNCFConfig
 
-        def by_config(model: nn.Module, *sections: dict[str, Any], calibrated: bool = True, **top: Any) -> None:
-            config = NNCFConfig(config_of(*sections, **top))  # not from_dict: the file may skip NNCF's validation
+        def by_config(
+            model: nn.Module, *sections: dict[str, Any], calibrated: bool = True, **top: Any
+        ) -> None:
+            config = NNCFConfig(
+                config_of(*sections, **top)
+            )  # not from_dict: the file may skip NNCF's validation
             if calibrated:
                 config = nncf_torch.register_default_init_args(config, loader)
             nncf_torch.create_compressed_model(model, config, dump_graphs=False)
@@ -35,14 +39,18 @@ def attempt(request: Any, nncf_major: int, config_of: Any, loader: Any) -> Attem
     nncf = request.getfixturevalue("nncf_functions")
     from sigmab_plugin.hosts import nncf_v3
 
-    def by_functions(model: nn.Module, *sections: dict[str, Any], calibrated: bool = True, **top: Any) -> None:
+    def by_functions(
+        model: nn.Module, *sections: dict[str, Any], calibrated: bool = True, **top: Any
+    ) -> None:
         dataset = nncf.Dataset(loader, lambda batch: batch[0]) if calibrated else None
         nncf_v3.compress(model, config_of(*sections, **top), dataset)
 
     return by_functions
 
 
-def refused(attempt: Attempt, model: nn.Module, kind: type[Exception], words: str, *sections: Any, **top: Any) -> None:
+def refused(
+    attempt: Attempt, model: nn.Module, kind: type[Exception], words: str, *sections: Any, **top: Any
+) -> None:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = [(name, type(module), module.training) for name, module in model.named_modules()]
     with pytest.raises(kind) as caught:
@@ -60,7 +68,9 @@ def test_sigmab_twice(attempt: Attempt, dense: nn.Module, sections: Any) -> None
 
 
 def test_sigmab_after_quantization(attempt: Attempt, dense: nn.Module, sections: Any) -> None:
-    words = "Put 'sigmab' before 'quantization' | [{\"algorithm\": \"sigmab\", ...}, {\"algorithm\": \"quantization\""
+    words = (
+        'Put \'sigmab\' before \'quantization\' | [{"algorithm": "sigmab", ...}, {"algorithm": "quantization"'
+    )
     refused(attempt, dense, ConfigError, words, sections["quantization"], sections["sigmab"])
 
 
@@ -73,9 +83,19 @@ def test_missing_calibration_data(attempt: Attempt, dense: nn.Module, sections: 
     ["{re}layer4", "ResNet/Sequential[layer4]", "{re}ResNet/Sequential\\[layer4\\]/.*conv2d"],
     ids=["expression", "module", "2.x expression"],
 )
-def test_ignored_scopes_that_cover_a_level(attempt: Attempt, dense: nn.Module, sections: Any, scope: str) -> None:
+def test_ignored_scopes_that_cover_a_level(
+    attempt: Attempt, dense: nn.Module, sections: Any, scope: str
+) -> None:
     words = "ignored_scopes cover 'layer4' | move them into the section"
-    refused(attempt, dense, ConfigError, words, sections["sigmab"], sections["quantization"], ignored_scopes=[scope])
+    refused(
+        attempt,
+        dense,
+        ConfigError,
+        words,
+        sections["sigmab"],
+        sections["quantization"],
+        ignored_scopes=[scope],
+    )
 
 
 def test_unknown_key(attempt: Attempt, dense: nn.Module, sections: Any) -> None:
@@ -94,7 +114,9 @@ def test_masks_that_need_training_before_sigmab(attempt: Attempt, dense: nn.Modu
     refused(attempt, dense, ConfigError, "finds its masks during training", section, sections["sigmab"])
 
 
-def test_one_shot_calibration_data(nncf_functions: Any, dense: nn.Module, config_of: Any, loader: Any, sections: Any) -> None:
+def test_one_shot_calibration_data(
+    nncf_functions: Any, dense: nn.Module, config_of: Any, loader: Any, sections: Any
+) -> None:
     from sigmab_plugin.hosts import nncf_v3
 
     with pytest.raises(CalibrationError, match="one-shot iterator"):
@@ -110,7 +132,10 @@ def test_one_shot_calibration_data(nncf_functions: Any, dense: nn.Module, config
         ({"algorithm": "quantization", "preset": "fast"}, "preset must be 'performance' or 'mixed'"),
         ({"algorithm": "quantization", "weights": {"bits": 4}}, "8 bits only"),
         ({"algorithm": "weight_compression", "mode": "int9"}, "mode must be one of"),
-        ({"algorithm": "filter_pruning", "params": {"pruning_flops_target": 0.4}}, "use params.pruning_target"),
+        (
+            {"algorithm": "filter_pruning", "params": {"pruning_flops_target": 0.4}},
+            "use params.pruning_target",
+        ),
         ({"algorithm": "filter_pruning", "params": {"pruning_target": 1.4}}, "between 0 and 1"),
         ({"algorithm": "magnitude_sparsity", "params": {"sparsity_target": 0.0}}, "between 0 and 1"),
     ],
@@ -129,7 +154,9 @@ def test_sections_that_the_functions_cannot_carry_out(
     assert words in str(caught.value)
 
 
-def test_filter_pruning_after_sigmab(nncf_functions: Any, dense: nn.Module, config_of: Any, loader: Any, sections: Any) -> None:
+def test_filter_pruning_after_sigmab(
+    nncf_functions: Any, dense: nn.Module, config_of: Any, loader: Any, sections: Any
+) -> None:
     from sigmab_plugin.hosts import nncf_v3
 
     dataset = nncf_functions.Dataset(loader, lambda batch: batch[0])
@@ -137,7 +164,9 @@ def test_filter_pruning_after_sigmab(nncf_functions: Any, dense: nn.Module, conf
         nncf_v3.compress(dense, config_of(sections["sigmab"], sections["pruning"]), dataset)
 
 
-def test_a_tree_is_not_restructured_again(nncf_functions: Any, dense: nn.Module, config_of: Any, loader: Any, sections: Any) -> None:
+def test_a_tree_is_not_restructured_again(
+    nncf_functions: Any, dense: nn.Module, config_of: Any, loader: Any, sections: Any
+) -> None:
     from sigmab_plugin.hosts import nncf_v3
 
     dataset = nncf_functions.Dataset(loader, lambda batch: batch[0])
@@ -157,7 +186,8 @@ def test_legacy_tracing_switched_off(nncf_major: int, tmp_path: Path, sections: 
         "from sigmab_plugin.models import cifar_resnet18\n"
         "model = cifar_resnet18(4, width=1 / 16)\n"
         "try:\n"
-        "    compress_from_file(sys.argv[1], model, calibration_data=[(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))])\n"
+        "    batches = [(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))]\n"
+        "    compress_from_file(sys.argv[1], model, calibration_data=batches)\n"
         "except ConfigError as error:\n"
         "    assert type(model.conv1) is torch.nn.Conv2d\n"
         "    print(error)\n"
@@ -170,7 +200,9 @@ def test_legacy_tracing_switched_off(nncf_major: int, tmp_path: Path, sections: 
         env=environment,
         check=False,
     )
-    assert "Set NNCF_TORCH_LEGACY_TRACING=1 before the process imports nncf" in done.stdout, done.stderr[-1500:]
+    assert "Set NNCF_TORCH_LEGACY_TRACING=1 before the process imports nncf" in done.stdout, done.stderr[
+        -1500:
+    ]
 
 
 def test_nncf_without_its_torch_backend(nncf_major: int, tmp_path: Path) -> None:
@@ -208,7 +240,9 @@ def test_files(tmp_path: Path) -> None:
         check({"compression": [{"algorithm": "quantization"}, "sigmab"]})
 
 
-def test_nncf_absent(dense: nn.Module, loader: Any, config_of: Any, sections: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nncf_absent(
+    dense: nn.Module, loader: Any, config_of: Any, sections: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sigmab_plugin import SigmaBNet
     from sigmab_plugin.hosts import nncf_file
 

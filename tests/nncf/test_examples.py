@@ -24,11 +24,11 @@ def network_and_batches(path: Path) -> tuple[nn.Module, list[Any]]:
         from sigmab_plugin.models import PointNet2
 
         points = torch.rand(4, 1024, 3)[targets] * 2 - 1 + 0.02 * torch.randn(16, 1024, 3)
-        return PointNet2(4).eval(), list(zip(points.split(8), targets.split(8)))
+        return PointNet2(4).eval(), list(zip(points.split(8), targets.split(8), strict=True))
     from sigmab_plugin.models import cifar_resnet50
 
     images = torch.randn(4, 3, 32, 32)[targets] + 0.3 * torch.randn(16, 3, 32, 32)
-    return cifar_resnet50(4, width=1 / 16).eval(), list(zip(images.split(8), targets.split(8)))
+    return cifar_resnet50(4, width=1 / 16).eval(), list(zip(images.split(8), targets.split(8), strict=True))
 
 
 @pytest.mark.slow

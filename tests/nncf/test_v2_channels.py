@@ -13,7 +13,9 @@ def wrapped(nncf_v2: Any, model: nn.Module, *shape: int) -> Any:
     from nncf import NNCFConfig
     from nncf.torch.model_creation import create_nncf_network
 
-    return create_nncf_network(model.eval(), NNCFConfig.from_dict({"input_info": {"sample_size": list(shape)}}))
+    return create_nncf_network(
+        model.eval(), NNCFConfig.from_dict({"input_info": {"sample_size": list(shape)}})
+    )
 
 
 def by_torch_pruning(model: nn.Module, example: torch.Tensor) -> set[frozenset[tuple[str, int]]]:
@@ -32,7 +34,9 @@ def by_torch_pruning(model: nn.Module, example: torch.Tensor) -> set[frozenset[t
                 continue
             out = graph.is_out_channel_pruning_fn(item.dep.handler)
             if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
-                places |= {(f"{names[module]}.{t}", 0) for t in ("weight", "bias", "running_mean", "running_var")}
+                places |= {
+                    (f"{names[module]}.{t}", 0) for t in ("weight", "bias", "running_mean", "running_var")
+                }
             elif out:
                 places |= {(f"{names[module]}.weight", 0)}
                 if module.bias is not None:
@@ -88,7 +92,11 @@ def test_pointnet2_mlps(nncf_v2: Any, part: str) -> None:
         "sa3": model.sa3.mlp,
         "fc": nn.Sequential(model.fc1, model.head),
     }
-    layers = [m for m in modules[part].modules() if hasattr(m, "weight") and m.weight is not None and m.weight.ndim == 2]
+    layers = [
+        m
+        for m in modules[part].modules()
+        if hasattr(m, "weight") and m.weight is not None and m.weight.ndim == 2
+    ]
     plain = plain_mlp(modules[part], layers)
     example = torch.randn(8, layers[0].weight.shape[1])
     expected = by_torch_pruning(plain, example)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-PACKAGE = '''
+PACKAGE = """
 from dataclasses import dataclass
 from typing import ClassVar
 import copy
@@ -32,7 +32,7 @@ def apply(model, config, context):
     return result
 
 technique = Technique(ScaleConfig, apply)
-'''
+"""
 
 
 def run(code: str, *paths: Path, **environment: str) -> str:
@@ -117,7 +117,9 @@ def test_register_twice_changes_nothing(nncf_v2: Any) -> None:
     ],
     ids=["unknown key", "out of bounds", "wrong type", "missing"],
 )
-def test_from_json_names_the_key(nncf_v2: Any, tmp_path: Path, sections: Any, change: Any, words: str) -> None:
+def test_from_json_names_the_key(
+    nncf_v2: Any, tmp_path: Path, sections: Any, change: Any, words: str
+) -> None:
     import jsonschema
     from nncf import NNCFConfig
 

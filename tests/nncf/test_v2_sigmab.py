@@ -27,7 +27,9 @@ def build(nncf_v2: Any, config_of: Any, loader: Any, tmp_path: Path) -> Any:
     return make
 
 
-def train(controller: Any, network: Any, images: torch.Tensor, targets: torch.Tensor, epochs: int = 2) -> list[float]:
+def train(
+    controller: Any, network: Any, images: torch.Tensor, targets: torch.Tensor, epochs: int = 2
+) -> list[float]:
     """A training loop as NNCF's documentation shows it; returns the losses."""
     network.train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02)
@@ -50,10 +52,14 @@ def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return torch.cat([torch.from_numpy(session.run(None, {name: image[None].numpy()})[0]) for image in images])
+    return torch.cat(
+        [torch.from_numpy(session.run(None, {name: image[None].numpy()})[0]) for image in images]
+    )
 
 
-def test_network_is_the_tree_and_the_model_stays_as_it_was(build: Any, dense: nn.Module, sections: Any) -> None:
+def test_network_is_the_tree_and_the_model_stays_as_it_was(
+    build: Any, dense: nn.Module, sections: Any
+) -> None:
     before = copy.deepcopy(dense)
     controller, network = build(dense, sections["sigmab"])
     assert isinstance(network, SigmaBNet)
@@ -78,7 +84,9 @@ def test_task_loss_plus_controller_loss_is_equation_8(
 ) -> None:
     images, targets = data
     controller, network = build(dense, sections["sigmab"])
-    for parameter in network.parameters():  # leaves that disagree: the gap between eq. 5 and the mixture is seen
+    for (
+        parameter
+    ) in network.parameters():  # leaves that disagree: the gap between eq. 5 and the mixture is seen
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     network.train()
     expected = network.loss(images, targets, label_smoothing=smoothing)
@@ -87,12 +95,18 @@ def test_task_loss_plus_controller_loss_is_equation_8(
     total = task + controller.loss()
     assert not torch.isclose(task, expected, rtol=1e-3)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
-    for own, wanted in zip(torch.autograd.grad(total, [p for p in network.parameters() if p.requires_grad]), gradients):
+    for own, wanted in zip(
+        torch.autograd.grad(total, [p for p in network.parameters() if p.requires_grad]),
+        gradients,
+        strict=True,
+    ):
         torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-5)
     assert float(controller.loss()) == 0.0  # nothing was run since
 
 
-def test_controller_loss_takes_targets_and_asks_for_them(build: Any, dense: nn.Module, data: Any, sections: Any) -> None:
+def test_controller_loss_takes_targets_and_asks_for_them(
+    build: Any, dense: nn.Module, data: Any, sections: Any
+) -> None:
     from sigmab_plugin.errors import TrainingError
 
     images, targets = data
@@ -109,14 +123,18 @@ def test_controller_loss_takes_targets_and_asks_for_them(build: Any, dense: nn.M
     torch.testing.assert_close(controller.loss(), given)
 
 
-def test_missing_calibration_data(build: Any, dense: nn.Module, sections: Any, config_of: Any, nncf_v2: Any) -> None:
+def test_missing_calibration_data(
+    build: Any, dense: nn.Module, sections: Any, config_of: Any, nncf_v2: Any
+) -> None:
     from nncf import NNCFConfig
 
     from sigmab_plugin.errors import CalibrationError
 
     kinds = [type(m) for m in dense.modules()]
     with pytest.raises(CalibrationError, match="register_default_init_args"):
-        nncf_v2.create_compressed_model(dense, NNCFConfig.from_dict(config_of(sections["sigmab"])), dump_graphs=False)
+        nncf_v2.create_compressed_model(
+            dense, NNCFConfig.from_dict(config_of(sections["sigmab"])), dump_graphs=False
+        )
     assert [type(m) for m in dense.modules()] == kinds
 
 
@@ -153,7 +171,8 @@ def test_train_export_restore(
     # Another order of float sums can move a value over the edge of a quantization step: rarely, and by one step.
     assert float(equal.float().mean()) >= (0.95 if "quantization" in names else 1.0)
     torch.save(
-        {"state": controller.get_compression_state(), "weights": network.state_dict()}, tmp_path / "checkpoint.pth"
+        {"state": controller.get_compression_state(), "weights": network.state_dict()},
+        tmp_path / "checkpoint.pth",
     )
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=False)
     _, restored = build(copy.deepcopy(dense), *chosen, state=checkpoint["state"])
@@ -180,8 +199,10 @@ def test_every_branch_is_quantized_and_none_of_the_nets_own_functions(
     context = network.nncf.get_tracing_context()
     for hooks in (context._pre_hooks, context._post_hooks):
         for address in hooks:
+            if "nncf_model_input" in str(address):  # called first, in every mode
+                continue
             scope = getattr(address, "op_address", address).scope_in_model
-            assert len(scope) > 1, f"{address} belongs to the net's own forward"
+            assert "/" in str(scope), f"{address} belongs to the net's own forward"
 
 
 @pytest.mark.slow
@@ -190,34 +211,49 @@ def test_leaves_are_calibrated_with_the_samples_they_will_see(
 ) -> None:
     images, _ = data
     controller, network = build(dense, sections["sigmab"], sections["quantization"])
-    index, count = max(enumerate(network.route(images).bincount(minlength=4).tolist()), key=lambda pair: -pair[1])
+    index, count = max(
+        enumerate(network.route(images).bincount(minlength=4).tolist()), key=lambda pair: -pair[1]
+    )
     assert 0 < count < 64, "the smallest leaf sees some samples, not all"
     key = network.leaves[index].replace("/", "_")
-    controller_q = controller.child_ctrls[1]
-    controller_q.disable_activation_quantization()
-    controller_q.disable_weight_quantization()
-    seen: list[torch.Tensor] = []
-    handle = network.heads[key].fc.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().abs().amax()))
-    with torch.no_grad():
-        network.routing = "hard"
-        network(images)
-        own = torch.stack(seen).max()
+    quantization = controller.child_ctrls[1]
+    quantization.disable_activation_quantization()
+    quantization.disable_weight_quantization()
+    inside = {
+        str(name): info.quantizer_module_ref
+        for name, info in quantization.non_weight_quantizers.items()
+        if f"GraphModule[{key}]/" in str(name)
+    }
+    assert inside
+    seen: dict[str, float] = {}
+
+    def watch(name: str) -> Any:
+        def record(module: nn.Module, args: Any) -> None:
+            seen[name] = max(seen.get(name, 0.0), float(args[0].detach().abs().max()))
+
+        return record
+
+    handles = [quantizer.register_forward_pre_hook(watch(name)) for name, quantizer in inside.items()]
+    ranges = []
+    for routing in ("hard", "soft"):
         seen.clear()
-        network.routing = "soft"
-        network(images)
-        everyone = torch.stack(seen).max()
-    handle.remove()
-    scale = next(
-        float(quantizer.scale.max())
-        for name, quantizer in controller_q.all_quantizations.items()
-        if f"GraphModule[{key}]" in str(name) and "fc" not in str(name) and "ModuleDict[heads]" in str(name)
-    )
-    assert float(own) < float(everyone)
-    assert scale <= float(own) * 1.05
+        network.routing = routing
+        with torch.no_grad():
+            network(images)
+        ranges.append(dict(seen))
+    for handle in handles:
+        handle.remove()
+    own, everyone = ranges
+    assert own.keys() == inside.keys()
+    for name, quantizer in inside.items():
+        assert float(quantizer.scale.max()) <= own[name] * 1.05 + 1e-6, name
+    assert any(float(quantizer.scale.max()) < 0.9 * everyone[name] for name, quantizer in inside.items())
 
 
 @pytest.mark.slow
-def test_knowledge_distillation_in_the_same_list(build: Any, dense: nn.Module, data: Any, sections: Any) -> None:
+def test_knowledge_distillation_in_the_same_list(
+    build: Any, dense: nn.Module, data: Any, sections: Any
+) -> None:
     distillation = {"algorithm": "knowledge_distillation", "type": "softmax", "scale": 0.5, "temperature": 2}
     controller, network = build(dense, sections["sigmab"], sections["quantization"], distillation)
     losses = train(controller, network, *data)

@@ -55,7 +55,7 @@ def test_sigmab_then_quantization(
     net = host.compress(
         dense, path, dataset, on_section=reports.append, fine_tune=lambda network, name: trained.append(name)
     )
-    images, targets = data
+    images, _ = data
     for name, tensor in dense.state_dict().items():
         assert torch.equal(tensor, before.state_dict()[name]), name
     assert [type(m) for m in dense.modules()] == [type(m) for m in before.modules()]
@@ -70,7 +70,9 @@ def test_sigmab_then_quantization(
     # hooks act in every use of a part, not only in a call of the whole net
     plain = host.compress(dense, config_of(sections["sigmab"]), dataset)
     assert not torch.equal(net.forward_leaves(images)[0], plain.forward_leaves(images)[0])
-    torch.testing.assert_close(net.forward_leaves(images)[0], plain.forward_leaves(images)[0], rtol=0.2, atol=0.5)
+    torch.testing.assert_close(
+        net.forward_leaves(images)[0], plain.forward_leaves(images)[0], rtol=0.2, atol=0.5
+    )
     agreement = (net(images).argmax(1) == plain(images).argmax(1)).float().mean()
     assert agreement > 0.9
 
@@ -84,7 +86,9 @@ def test_get_config_restores_bit_for_bit(
     net = host.compress(dense, config_of(sections["sigmab"], sections["quantization"]), dataset)
     expected = net(data[0])
     config = json.loads(json.dumps(host.get_config(net)))
-    restored = host.load_from_config(assemble(net.plan, copy.deepcopy(dense)), config, net.state_dict()).eval()
+    restored = host.load_from_config(
+        assemble(net.plan, copy.deepcopy(dense)), config, net.state_dict()
+    ).eval()
     assert torch.equal(restored(data[0]), expected)
     assert restored.state_dict().keys() == net.state_dict().keys()
     for name, tensor in restored.state_dict().items():
@@ -143,10 +147,18 @@ def test_magnitude_sparsity_after_and_before_sigmab(
     importance: str,
 ) -> None:
     with_prune(nncf_functions)
-    section = {"algorithm": "magnitude_sparsity", "params": {"sparsity_target": 0.6, "weight_importance": importance}}
+    section = {
+        "algorithm": "magnitude_sparsity",
+        "params": {"sparsity_target": 0.6, "weight_importance": importance},
+    }
     net = host.compress(tree, config_of(section), dataset)
     stripped = nncf_functions.strip(net.specializers["0"], strip_format=nncf_functions.StripFormat.IN_PLACE)
-    zeros = torch.cat([m.weight.flatten() for m in stripped.modules() if isinstance(m, nn.Conv2d)]).eq(0).float().mean()
+    zeros = (
+        torch.cat([m.weight.flatten() for m in stripped.modules() if isinstance(m, nn.Conv2d)])
+        .eq(0)
+        .float()
+        .mean()
+    )
     assert 0.4 < float(zeros) < 0.8
     if importance == "normed_abs":
         assert float(zeros) == pytest.approx(0.6, abs=0.02)

@@ -13,7 +13,14 @@ from torch import nn
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tree", "dense"])
 def test_bundles_run(
-    nncf_functions: Any, dense: nn.Module, config_of: Any, sections: Any, loader: Any, data: Any, tmp_path: Path, kind: str
+    nncf_functions: Any,
+    dense: nn.Module,
+    config_of: Any,
+    sections: Any,
+    loader: Any,
+    data: Any,
+    tmp_path: Path,
+    kind: str,
 ) -> None:
     pytest.importorskip("openvino")
     pytest.importorskip("onnxruntime")

@@ -36,7 +36,9 @@ def channel_groups(network: Any) -> tuple[ChannelGroup, ...]:
         ModelError: not an ``NNCFNetwork``.
     """
     if not hasattr(network, "nncf"):
-        raise ModelError("NNCF's channel groups need an NNCFNetwork: nncf.torch.create_compressed_model or wrap_model")
+        raise ModelError(
+            "NNCF's channel groups need an NNCFNetwork: nncf.torch.create_compressed_model or wrap_model"
+        )
     graph = network.nncf.get_original_graph()
     clusters = [*_convolution_clusters(graph), *_linear_clusters(graph)]
     groups = [_group(network, graph, cluster) for cluster in clusters]

@@ -56,7 +56,9 @@ class Compressed:
 
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.network.state_dict().items()}
+        weights = {
+            name: tensor.detach().contiguous().cpu() for name, tensor in self.network.state_dict().items()
+        }
         if self.controller is not None:
             state = json.dumps(self.controller.get_compression_state(), indent=1, default=_plain)
             (target / "compression_state.json").write_text(state + "\n", encoding="utf-8")
@@ -136,9 +138,13 @@ def compress_from_file(
             raise MissingDependencyError(
                 f"{', '.join(others)} needs NNCF, which is not installed: pip install 'sigmab-plugin[nncf]'"
             ) from None
-        return Compressed(_techniques_only(model, entries, context, fine_tune, report), NO_NNCF, tuple(reports))
+        return Compressed(
+            _techniques_only(model, entries, context, fine_tune, report), NO_NNCF, tuple(reports)
+        )
     if installed[0] < 3:
-        return _by_create_compressed_model(model, loaded, calibration_data, loss_fn, fine_tune, report, installed, reports)
+        return _by_create_compressed_model(
+            model, loaded, calibration_data, loss_fn, fine_tune, report, installed, reports
+        )
     import nncf
 
     from .nncf_v3 import compress
@@ -189,7 +195,9 @@ def _techniques_only(
     if context.example_inputs is None:
         first = next(iter(context.calibration_data or ()), None)
         if first is None:
-            raise CalibrationError("neither example_inputs nor calibration_data: give one batch of inputs at least")
+            raise CalibrationError(
+                "neither example_inputs nor calibration_data: give one batch of inputs at least"
+            )
         context = replace(context, example_inputs=as_inputs(first))
     network = model
     for entry in entries:
@@ -252,7 +260,7 @@ def require_legacy_tracing(installed: tuple[int, int]) -> None:
 
     if not PATCHING_STATE.operators_are_wrapped:
         raise ConfigError(
-            f"NNCF {installed[0]}.{installed[1]} was imported without legacy tracing, and create_compressed_model needs "
-            f"it. Set {LEGACY_TRACING}=1 before the process imports nncf, or call "
+            f"NNCF {installed[0]}.{installed[1]} was imported without legacy tracing, which "
+            f"create_compressed_model needs. Set {LEGACY_TRACING}=1 before the process imports nncf, or call "
             "sigmab_plugin.hosts.nncf_v3.compress, which uses NNCF's functions instead."
         )

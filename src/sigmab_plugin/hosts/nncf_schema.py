@@ -186,8 +186,8 @@ def _check_order(entries: Sequence[Section]) -> None:
 def module_path(scope: str) -> str:
     """Qualified module name in an NNCF 2.x scope.
 
-    ``"ResNet/Sequential[layer3]/NNCFConv2d[conv1]/conv2d_0"`` -> ``"layer3.conv1"``; NNCF 3's ``"layer3/conv1/conv2d/0"``
-    is returned as ``"layer3.conv1"`` too.
+    ``"ResNet/Sequential[layer3]/NNCFConv2d[conv1]/conv2d_0"`` -> ``"layer3.conv1"``, and so does NNCF 3's
+    ``"layer3/conv1/conv2d/0"``.
     """
     parts = scope.split("/")
     if any("[" in part for part in parts):

@@ -36,7 +36,9 @@ def register() -> tuple[str, ...]:
     Returns:
         The algorithm names that NNCF's schema now knows through us.
     """
-    names = tuple(name for name, technique in techniques().items() if _add_schema(name, technique.config.json_schema()))
+    names = tuple(
+        name for name, technique in techniques().items() if _add_schema(name, technique.config.json_schema())
+    )
     if not hasattr(NNCFConfig.validate, _MARK):
         NNCFConfig.validate = staticmethod(_validating(NNCFConfig.validate))
     after_import("nncf.torch", _register_builders)

@@ -17,6 +17,7 @@ from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
+from nncf import NNCFConfig
 from nncf.config.extractors import extract_algorithm_names
 from nncf.torch import model_creation
 from nncf.torch.algo_selector import PT_COMPRESSION_ALGORITHMS
@@ -26,8 +27,6 @@ from nncf.torch.graph.transformations.layout import PTTransformationLayout
 from nncf.torch.model_transformer import PTModelTransformer
 from nncf.torch.nncf_network import NNCFNetwork
 from torch import nn
-
-from nncf import NNCFConfig
 
 from ..config import SigmaBConfig
 from ..counting import parameter_count
@@ -122,11 +121,14 @@ class TechniqueBuilder(PTCompressionAlgorithmBuilder):
         self._state = state_without_name
 
     def _build_controller(self, model: NNCFNetwork) -> TechniqueController:
-        kind = TreeController if isinstance(model, SigmaBNet) else TechniqueController
-        return kind(model, self.section, self._before, self._after)
+        if isinstance(self.section, SigmaBConfig):
+            return TreeController(model, self.section, self._before, self._after)
+        return TechniqueController(model, self.section, self._before, self._after)
 
     def get_transformation_layout(self, model: NNCFNetwork) -> PTTransformationLayout:
-        raise NotImplementedError("a technique replaces the network (apply_to); it has no layout of insertions")
+        raise NotImplementedError(
+            "a technique replaces the network (apply_to); it has no layout of insertions"
+        )
 
     def initialize(self, model: NNCFNetwork) -> None:
         """Nothing left to do: the technique has set every weight."""
@@ -169,7 +171,11 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
         original = model
         try:
             for child in self.child_builders[: self._split]:
-                model = child.apply_to(model) if isinstance(child, TechniqueBuilder) else self._finish(child, model)
+                model = (
+                    child.apply_to(model)
+                    if isinstance(child, TechniqueBuilder)
+                    else self._finish(child, model)
+                )
         finally:
             unwrap(original)
             if weights is not None:
@@ -199,13 +205,17 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
             model = controller.strip_model(model)
         _restore_buffers(model)
         self._finished[child.name] = controller.statistics().to_str()
-        _log.info("%s: carried out on the network before the restructuring, up to its target %s", child.name, target)
+        _log.info(
+            "%s: carried out on the network before the restructuring, up to its target %s", child.name, target
+        )
         return rewrap(unwrap(model), interface)
 
     def _build_controller(self, model: NNCFNetwork) -> Any:
         if self._split == 0:
             return super()._build_controller(model)
-        standard = all(entry.values.get("export_to_onnx_standard_ops", True) for entry in sections(self._config))
+        standard = all(
+            entry.values.get("export_to_onnx_standard_ops", True) for entry in sections(self._config)
+        )
         composite = OrderedCompositeController(model, standard_operators=standard)
         for child in self.child_builders:
             if child.name in self._finished:
@@ -223,7 +233,9 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
         return state
 
     def load_state(self, state: dict[str, dict[str, Any]]) -> None:
-        self._finished = {name: entry["finished"] for name, entry in state.items() if "finished" in (entry or {})}
+        self._finished = {
+            name: entry["finished"] for name, entry in state.items() if "finished" in (entry or {})
+        }
         super().load_state({name: entry for name, entry in state.items() if name not in self._finished})
 
 
@@ -231,8 +243,9 @@ def _restore_buffers(model: nn.Module) -> None:
     """NNCF's pruner leaves running statistics behind as parameters; make them buffers again."""
     for module in model.modules():
         for name in ("running_mean", "running_var"):
-            if module._parameters.get(name) is not None:
-                value = module._parameters.pop(name)
+            value = module._parameters.get(name)
+            if value is not None:
+                del module._parameters[name]
                 module.register_buffer(name, value.detach())
 
 
@@ -286,7 +299,9 @@ def register_builders(offered: Mapping[str, Technique]) -> None:
     """Add a builder per technique to NNCF's registry, and let lists with a technique be carried out in order."""
     for name, technique in offered.items():
         if name not in PT_COMPRESSION_ALGORITHMS.registry_dict:
-            builder = type(f"{name.title().replace('_', '')}Builder", (TechniqueBuilder,), {"technique": technique})
+            builder = type(
+                f"{name.title().replace('_', '')}Builder", (TechniqueBuilder,), {"technique": technique}
+            )
             PT_COMPRESSION_ALGORITHMS.register(name)(builder)
     if model_creation.PTCompositeCompressionAlgorithmBuilder is not OrderedCompositeBuilder:
         model_creation.PTCompositeCompressionAlgorithmBuilder = OrderedCompositeBuilder
@@ -325,4 +340,3 @@ def check_against_model(model: nn.Module, config: Mapping[str, Any]) -> None:
                 f"ignored_scopes cover {', '.join(map(repr, covered))}, which sigmab is to restructure. Scopes at the "
                 "top of the file hold for every algorithm; move them into the section that is to ignore the layers."
             )
-

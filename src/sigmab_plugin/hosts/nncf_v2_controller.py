@@ -187,7 +187,9 @@ class TechniqueController(PTCompressionAlgorithmController):
 class TreeController(TechniqueController):
     """Controller of ``sigmab``."""
 
-    def __init__(self, target_model: NNCFNetwork, config: SigmaBConfig, before: int, after: ParameterCounts) -> None:
+    def __init__(
+        self, target_model: NNCFNetwork, config: SigmaBConfig, before: int, after: ParameterCounts
+    ) -> None:
         super().__init__(target_model, config, before, after)
         self._loss = TreeLoss(target_model, config)
 
@@ -274,4 +276,3 @@ def selected_forward(network: Any) -> Iterator[None]:
             yield
     finally:
         torch.onnx.export = export  # type: ignore[assignment]
-

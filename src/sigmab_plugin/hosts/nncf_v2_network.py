@@ -176,5 +176,7 @@ def weights_of(network: nn.Module) -> dict[str, Tensor]:
     return {
         name: tensor.detach().clone()
         for name, tensor in network.state_dict().items()
-        if not name.startswith("_nncf.") and ".pre_ops." not in name and not name.endswith(NNCF_PADDING_VALUE_ATTR_NAME)
+        if not name.startswith("_nncf.")
+        and ".pre_ops." not in name
+        and not name.endswith(NNCF_PADDING_VALUE_ATTR_NAME)
     }

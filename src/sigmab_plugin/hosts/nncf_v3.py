@@ -26,14 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import CalibrationError, ConfigError, ModelError
 from ..techniques.base import Context
 from ..tree.net import SigmaBNet
 from .nncf_schema import Section, SectionError, check, covered_levels, read, unknown_modules
-from .nncf_v3_parts import Part, parts, wrap_parts
+from .nncf_v3_parts import Part, change_parts, wrap_parts
 
 _log = logging.getLogger(__name__)
 
@@ -101,9 +100,15 @@ def compress(
             f"{', '.join(needs_data)} needs calibration data: pass calibration_dataset=nncf.Dataset(loader, transform)"
         )
     data = None if calibration_dataset is None else CalibrationInputs(calibration_dataset)
-    example = as_inputs(example_inputs) if example_inputs is not None else (data.first() if data is not None else None)
+    example = (
+        as_inputs(example_inputs)
+        if example_inputs is not None
+        else (data.first() if data is not None else None)
+    )
     if example is None:
-        raise ConfigError("example_inputs is needed where there is no calibration_dataset: one batch of inputs")
+        raise ConfigError(
+            "example_inputs is needed where there is no calibration_dataset: one batch of inputs"
+        )
     run = Run(
         scopes=tuple(_as_list(loaded.get("ignored_scopes"))),
         target_device=str(loaded.get("target_device", "ANY")),
@@ -123,7 +128,7 @@ def compress(
     network = model
     was_training = model.training
     try:
-        for entry, runner in zip(entries, runners):
+        for entry, runner in zip(entries, runners, strict=True):
             network.eval()
             network, text, facts = runner(network, entry, run)
             if on_section is not None:
@@ -165,7 +170,9 @@ class CalibrationInputs:
         source = self._dataset.get_inference_data() if self._is_nncf else self._dataset
         for item in source:
             if isinstance(item, dict):
-                raise CalibrationError("calibration inputs by keyword are not supported: give a tensor or a tuple")
+                raise CalibrationError(
+                    "calibration inputs by keyword are not supported: give a tensor or a tuple"
+                )
             yield item
 
     def first(self) -> tuple[Any, ...]:
@@ -260,8 +267,13 @@ def _check_model(model: nn.Module, config: Mapping[str, Any], entries: tuple[Sec
                 "filter_pruning after sigmab: the branches have been cut to their width already. Put it before sigmab, "
                 "or use sigmab's 'active_ratio' for a narrower net."
             )
-        if any(name in ("quantization", "weight_compression") for name in names_in_order[: names_in_order.index("filter_pruning")]):
-            raise SectionError("filter_pruning after quantization: filters are removed first, then the rest is quantized")
+        if any(
+            name in ("quantization", "weight_compression")
+            for name in names_in_order[: names_in_order.index("filter_pruning")]
+        ):
+            raise SectionError(
+                "filter_pruning after quantization: filters are removed first, then the rest is quantized"
+            )
 
 
 def _technique(network: nn.Module, entry: Section, run: Run) -> tuple[nn.Module, str, dict[str, Any]]:
@@ -292,23 +304,22 @@ def _quantize(network: nn.Module, entry: Section, run: Run) -> tuple[nn.Module, 
 
     def quantize(part: Part) -> nn.Module:
         source = part.batches(samples)
-        quantized: nn.Module = nncf.quantize(part.module, nncf.Dataset(source), subset_size=len(source), **arguments(part))
+        quantized: nn.Module = nncf.quantize(
+            part.module, nncf.Dataset(source), subset_size=len(source), **arguments(part)
+        )
         return quantized
 
-    count = _each_part(result, run, quantize)
+    result, count = _each_part(result, run, quantize)
     where = "each on the samples that reach it" if run.per_leaf and len(count) > 1 else "on all samples"
     quantizers = _hooks(result)
     text = f"{quantizers} quantizers in {len(count)} part(s), calibrated {where} (up to {samples})"
     return result, text, {"quantizers": quantizers, "samples": count}
 
 
-def _each_part(network: nn.Module, run: Run, change: Callable[[Part], nn.Module]) -> dict[str, int]:
-    """Replace every part by ``change(part)``, in order of execution; returns samples seen per part."""
-    seen = {}
-    for part in parts(network, run.data or [run.example], per_leaf=run.per_leaf):
-        part.replace(change(part))
-        seen[part.name] = part.samples
-    return seen
+def _each_part(
+    network: nn.Module, run: Run, change: Callable[[Part], nn.Module]
+) -> tuple[nn.Module, dict[str, int]]:
+    return change_parts(network, run.data or [run.example], change, per_leaf=run.per_leaf)
 
 
 def _compress_weights(network: nn.Module, entry: Section, run: Run) -> tuple[nn.Module, str, dict[str, Any]]:
@@ -322,15 +333,23 @@ def _compress_weights(network: nn.Module, entry: Section, run: Run) -> tuple[nn.
 
     def reduce(part: Part) -> nn.Module:
         source = part.batches(int(entry.values.get("subset_size", 128)))
-        compressed: nn.Module = nncf.compress_weights(part.module, dataset=nncf.Dataset(source), **arguments(part))
+        compressed: nn.Module = nncf.compress_weights(
+            part.module, dataset=nncf.Dataset(source), **arguments(part)
+        )
         return compressed
 
-    _each_part(result, run, reduce)
+    result, _ = _each_part(result, run, reduce)
     after = sum(t.numel() * t.element_size() for t in result.state_dict().values())
-    return result, f"{before:,} bytes of weights became {after:,}", {"bytes_before": before, "bytes_after": after}
+    return (
+        result,
+        f"{before:,} bytes of weights became {after:,}",
+        {"bytes_before": before, "bytes_after": after},
+    )
 
 
-def _magnitude_sparsity(network: nn.Module, entry: Section, run: Run) -> tuple[nn.Module, str, dict[str, Any]]:
+def _magnitude_sparsity(
+    network: nn.Module, entry: Section, run: Run
+) -> tuple[nn.Module, str, dict[str, Any]]:
     import nncf
 
     from .nncf_v3_parts import ignored_scope, part_ratios
@@ -341,7 +360,11 @@ def _magnitude_sparsity(network: nn.Module, entry: Section, run: Run) -> tuple[n
     everywhere = entry.values.get("params", {}).get("weight_importance", "normed_abs") == "abs"
     result = wrap_parts(network)
     ratios = part_ratios(result, ratio) if everywhere else {}
-    mode = nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL if everywhere else nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL
+    mode = (
+        nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
+        if everywhere
+        else nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL
+    )
 
     def mask(part: Part) -> nn.Module:
         own = ratios.get(part.name, ratio)
@@ -357,7 +380,7 @@ def _magnitude_sparsity(network: nn.Module, entry: Section, run: Run) -> tuple[n
         )
         return pruned
 
-    count = _each_part(result, run, mask)
+    result, count = _each_part(result, run, mask)
     scope = "one threshold for the whole network" if everywhere else "in every layer"
     text = f"{100 * ratio:.0f} % of the weights masked by magnitude, {scope}, in {len(count)} part(s)"
     return result, text, {"ratio": ratio, "parts": len(count)}
@@ -421,10 +444,14 @@ def strip(network: nn.Module, example_inputs: Any, *, do_copy: bool = True) -> n
     from .nncf_v3_parts import is_wrapped
 
     result = copy.deepcopy(network) if do_copy else network
-    for part in parts(result, [as_inputs(example_inputs)], per_leaf=False):
-        if is_wrapped(part.module):
-            part.replace(nncf.strip(part.module, do_copy=False, example_input=part.example))
-    return result
+
+    def strip_part(part: Part) -> nn.Module:
+        if not is_wrapped(part.module):
+            return part.module
+        stripped: nn.Module = nncf.strip(part.module, do_copy=False, example_input=part.example)
+        return stripped
+
+    return change_parts(result, [as_inputs(example_inputs)], strip_part, per_leaf=False)[0]
 
 
 def get_config(network: nn.Module) -> dict[str, Any]:
@@ -443,7 +470,9 @@ def get_config(network: nn.Module) -> dict[str, Any]:
     }
 
 
-def load_from_config(network: nn.Module, config: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> nn.Module:
+def load_from_config(
+    network: nn.Module, config: Mapping[str, Any], state: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Add to ``network``, in place, what :func:`get_config` found in another of the same structure.
 
     Args:
@@ -463,7 +492,9 @@ def load_from_config(network: nn.Module, config: Mapping[str, Any], state: Mappi
     known = dict(wrapped_parts(result))
     for name, entry in config["parts"].items():
         if name not in known:
-            raise FormatError(f"the config holds a part {name!r} that the network does not have: another model?")
+            raise FormatError(
+                f"the config holds a part {name!r} that the network does not have: another model?"
+            )
         nncf.torch.load_from_config(known[name], entry)
     if state is not None:
         result.load_state_dict(state, assign=True)

@@ -1,7 +1,7 @@
 """Bundles of quantized networks: what NNCF's functions made, one artefact per node, for OpenVINO or ONNX Runtime.
 
-``sigmab_plugin.deploy.export`` goes through ``torch.export``, which NNCF's hooks do not pass; these bundles are traced by
-TorchScript instead and run in the same :class:`~sigmab_plugin.deploy.Runner`.
+``sigmab_plugin.deploy.export`` goes through ``torch.export``, which NNCF's hooks do not pass; these bundles are traced
+by TorchScript instead and run in the same :class:`~sigmab_plugin.deploy.Runner`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def export(
             sources = chain([stripped], example)
             leaves, modality, plan = (sources[-1].path,), "images", None
         options = Options(format, "int8", "portable", modality)
-        return write_bundle(sources, leaves, plan, options, directory, overwrite=overwrite, exporter=exporters[format])
+        return write_bundle(
+            sources, leaves, plan, options, directory, overwrite=overwrite, exporter=exporters[format]
+        )
 
 
 class _OpenVino:
@@ -70,7 +72,7 @@ class _OpenVino:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = ov.convert_model(source.module, example_input=source.example)
-        for port, name in zip(model.inputs, source.inputs):
+        for port, name in zip(model.inputs, source.inputs, strict=True):
             port.get_tensor().set_names({name})
         with tempfile.TemporaryDirectory(prefix="sigmab-") as work:
             file = Path(work) / "node.xml"

@@ -51,7 +51,7 @@ class Part:
     def batches(self, samples: int) -> Source:
         """The first batches that hold ``samples`` samples."""
         count, used = 0, []
-        for value, size in zip(self.inputs, self.sizes):
+        for value, size in zip(self.inputs, self.sizes, strict=True):
             if count >= samples:
                 break
             used.append(value)
@@ -59,11 +59,10 @@ class Part:
         return Source(used, max(self.sizes) if self.batch_axis else 1)
 
     def replace(self, module: nn.Module) -> None:
-        if self.owner is None:
-            _become(self.module, module)
-        elif isinstance(self.owner, nn.ModuleDict):
+        """Put ``module`` in the part's place; a part without an owner is the whole network."""
+        if isinstance(self.owner, nn.ModuleDict):
             self.owner[self.key] = module
-        else:
+        elif self.owner is not None:
             setattr(self.owner, self.key, module)
         self.module = module
 
@@ -74,12 +73,6 @@ class Source(list):  # type: ignore[type-arg]
     def __init__(self, values: Iterable[Any], batch_size: int) -> None:
         super().__init__(values)
         self.batch_size = batch_size
-
-
-def _become(target: nn.Module, source: nn.Module) -> None:
-    if target is not source:
-        target.__class__ = source.__class__
-        target.__dict__ = source.__dict__
 
 
 # ---------------------------------------------------------------- wrapping
@@ -144,6 +137,23 @@ def parts(network: nn.Module, data: Iterable[Any], *, per_leaf: bool) -> Iterato
     yield from _tree_parts(network, items, per_leaf)
 
 
+def change_parts(
+    network: nn.Module, data: Iterable[Any], change: Callable[[Part], nn.Module], *, per_leaf: bool
+) -> tuple[nn.Module, dict[str, int]]:
+    """Replace every part by ``change(part)``, in order of execution.
+
+    Returns:
+        The network, which is ``change``'s result itself where it is one part; and the samples each part has seen.
+    """
+    seen = {}
+    for part in parts(network, data, per_leaf=per_leaf):
+        part.replace(change(part))
+        seen[part.name] = part.samples
+        if part.owner is None:
+            network = part.module
+    return network, seen
+
+
 def _plain(item: tuple[Any, ...]) -> Any:
     return item[0] if len(item) == 1 else item
 
@@ -182,13 +192,19 @@ def _below(net: SigmaBNet, path: str, frontiers: list[Any], per_leaf: bool) -> I
         below = child(path, branch)
         own = _branch(kind, frontiers, choices, branch) if per_leaf else frontiers
         if not own:
-            _log.warning("no calibration sample reaches branch %s; it is calibrated with those of its parent", below)
+            _log.warning(
+                "no calibration sample reaches branch %s; it is calibrated with those of its parent", below
+            )
             own = frontiers
         inner = module_key(below)
         inputs = [_plain(_tuple(value)) for value in own]
         counts = [kind.size(value) for value in own]
-        yield Part(f"specializers.{inner}", net.specializers[inner], inputs, counts, net.specializers, inner, axis)
-        yield from _below(net, below, _outputs(net.specializers[inner], own, net.modalities[depth + 1]), per_leaf)
+        yield Part(
+            f"specializers.{inner}", net.specializers[inner], inputs, counts, net.specializers, inner, axis
+        )
+        yield from _below(
+            net, below, _outputs(net.specializers[inner], own, net.modalities[depth + 1]), per_leaf
+        )
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -197,7 +213,7 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 
 def _branch(kind: Any, frontiers: Sequence[Any], choices: Sequence[torch.Tensor], branch: int) -> list[Any]:
     chosen = []
-    for value, choice in zip(frontiers, choices):
+    for value, choice in zip(frontiers, choices, strict=True):
         index = (choice == branch).nonzero().flatten()
         if len(index):
             chosen.append(kind.take(value, index))
@@ -260,7 +276,9 @@ def _operation_names(part: Part) -> list[str]:
 Arguments = Callable[[Part], dict[str, Any]]
 
 
-def quantization_arguments(entry: Section, scopes: Sequence[str], target_device: str) -> tuple[Arguments, int]:
+def quantization_arguments(
+    entry: Section, scopes: Sequence[str], target_device: str
+) -> tuple[Arguments, int]:
     """Keyword arguments of ``nncf.quantize`` for a part, and the number of calibration samples."""
     import nncf
 
@@ -273,7 +291,11 @@ def quantization_arguments(entry: Section, scopes: Sequence[str], target_device:
         bits = values.get(side, {}).get("bits", 8)
         if bits != 8:
             raise SectionError(f"{entry}: {side}.bits = {bits}; nncf.quantize knows 8 bits only")
-    unused = [k for k in ("scope_overrides", "target_scopes", "quantize_outputs", "compression_lr_multiplier") if k in values]
+    unused = [
+        k
+        for k in ("scope_overrides", "target_scopes", "quantize_outputs", "compression_lr_multiplier")
+        if k in values
+    ]
     if unused:
         _log.warning("%s: %s: no counterpart in nncf.quantize, without effect", entry, ", ".join(unused))
     devices = {"TRIAL": "ANY", "VPU": "NPU"}
@@ -288,7 +310,9 @@ def quantization_arguments(entry: Section, scopes: Sequence[str], target_device:
         given: dict[str, Any] = {
             "preset": presets[preset],
             "target_device": device,
-            "ignored_scope": ignored_scope(part, entry, scopes) if scopes or values.get("ignored_scopes") else None,
+            "ignored_scope": ignored_scope(part, entry, scopes)
+            if scopes or values.get("ignored_scopes")
+            else None,
         }
         if values.get("model_type") == "transformer":
             given["model_type"] = nncf.ModelType.TRANSFORMER
@@ -323,8 +347,13 @@ def weight_compression_arguments(entry: Section, scopes: Sequence[str]) -> Argum
 
 
 def part_ratios(network: nn.Module, ratio: float) -> dict[str, float]:
-    """Share of each part's weights below the magnitude that leaves ``1 - ratio`` of the whole network's weights, routers aside."""
-    found = {name: _prunable(module) for name, module in wrapped_parts(network) if not name.startswith("routers.")}
+    """Share of each part's weights that one threshold masks, which masks ``ratio`` of the whole network's.
+
+    Routers are left out of both.
+    """
+    found = {
+        name: _prunable(module) for name, module in wrapped_parts(network) if not name.startswith("routers.")
+    }
     weights = {name: torch.cat(tensors) for name, tensors in found.items() if tensors}
     everything = torch.cat(list(weights.values()))
     threshold = everything.kthvalue(max(1, int(ratio * everything.numel()))).values
@@ -342,7 +371,9 @@ def pruning_arguments(entry: Section) -> tuple[float, Any]:
 
     params = entry.values.get("params", {})
     if "pruning_flops_target" in params:
-        raise SectionError(f"{entry}: params.pruning_flops_target has no counterpart here; use params.pruning_target")
+        raise SectionError(
+            f"{entry}: params.pruning_flops_target has no counterpart here; use params.pruning_target"
+        )
     ratio = float(params.get("pruning_target", 0.5))
     if not 0.0 < ratio < 1.0:
         raise SectionError(f"{entry}: params.pruning_target must lie between 0 and 1; got {ratio}")
@@ -353,7 +384,9 @@ def pruning_arguments(entry: Section) -> tuple[float, Any]:
     }
     kind = params.get("filter_importance", "L2")
     if kind not in importances:
-        raise SectionError(f"{entry}: params.filter_importance must be one of {', '.join(importances)}; got {kind!r}")
+        raise SectionError(
+            f"{entry}: params.filter_importance must be one of {', '.join(importances)}; got {kind!r}"
+        )
     return ratio, importances[kind]()
 
 
