@@ -209,8 +209,8 @@ def _write(
         starved = sum(share < STARVED for share in outcome.leaf_shares)
         if starved:
             notes.append(
-                f"{outcome.row.name}: {starved} of {len(outcome.leaf_shares)} leaves get fewer than {STARVED:.0%} of the "
-                "test samples, so what they store is hardly used. More epochs, a larger responsibility_weight or a "
+                f"{outcome.row.name}: {starved} of {len(outcome.leaf_shares)} leaves get fewer than {STARVED:.0%} of "
+                "the test samples, so what they store is hardly used. More epochs, a larger responsibility_weight or a "
                 "router_temperature above 1 may help."
             )
     report = ReportData(
