@@ -13,6 +13,7 @@ from nncf.torch.utils import training_mode_switcher
 from torch import Tensor, nn
 
 from ..tree.net import SigmaBNet
+from ..tree.plan import module_key, prefixes
 from ..tuning.losses import hard_leaf
 
 
@@ -110,6 +111,22 @@ def _tag_output(module: Any, inputs: Any, output: Any) -> Any:
     return output
 
 
+class _Pool(nn.Module):
+    """Pooling in a scope of its own, one per router.
+
+    Pooled features get a quantizer. In the net's own scope it would be addressed by the order of calls, which differs
+    between soft and hard routing.
+    """
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def forward(self, frontier: Any) -> Tensor:
+        pooled: Tensor = self._kind.pool(frontier)
+        return pooled
+
+
 class _TreeForNNCF:
     """Mixed into the class of a SigmaB net inside an ``NNCFNetwork``.
 
@@ -122,6 +139,11 @@ class _TreeForNNCF:
         if context is not None and context.trace_dynamic_graph:
             return True
         return bool(super()._soft())  # type: ignore[misc]
+
+    def _router_logits(self: Any, path: str, frontier: Any) -> Tensor:
+        key = module_key(path)
+        logits: Tensor = self.routers[key](self.pools[key](frontier))
+        return logits
 
     def _all_leaves(self: Any, frontier: Any) -> tuple[Tensor, Tensor]:
         leaf_logits, log_p = super()._all_leaves(frontier)  # type: ignore[misc]
@@ -155,19 +177,9 @@ def adopt(net: SigmaBNet, dense: nn.Module) -> SigmaBNet:
     signature = inspect.signature(type(dense).forward)
     cls.forward.__signature__ = signature  # type: ignore[attr-defined]
     net.__class__ = cls
+    pools = {module_key(path): _Pool(net.modalities[len(prefixes(path))]) for path in net.inner_nodes}
+    net.pools = nn.ModuleDict(pools)
     net.register_forward_hook(_tag_output)
-    return net
-
-
-def disown(net: nn.Module) -> nn.Module:
-    """Undo :func:`adopt` in place."""
-    base = next((c for c in type(net).__mro__ if c is SigmaBNet), None)
-    if base is not None and isinstance(net, _TreeForNNCF):
-        for key, hook in list(net._forward_hooks.items()):
-            if hook is _tag_output:
-                del net._forward_hooks[key]
-        net.__dict__.pop("last_step", None)
-        net.__class__ = base
     return net
 
 
