@@ -4,9 +4,9 @@
     python benchmarks/mix_and_match.py --experiment keywords --data FOLDER --weights dense.safetensors
     python benchmarks/mix_and_match.py --structured         # channels instead of weights, by Torch-Pruning
 
-Every run is chosen on the validation part; the test part is read for the dense network, for the chosen run, and for
-uniform magnitude pruning at the chosen run's sparsity with the same fine-tuning: the control that the published
-comparison lacks. Resumable: runs are kept in ``--folder``. The result is ``benchmarks/results/mix_and_match-*.json``.
+Runs are chosen on the validation part. The test part is read for the dense network, for the chosen run, and for two
+controls at its sparsity with the same fine-tuning: magnitude pruning with one threshold for all layers, and with one
+sparsity for all layers. Resumable: runs are kept in ``--folder``. The result is a JSON file of ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -93,55 +93,62 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     chosen = pruner.step()
     found = pruner.result
-    control: dict[str, float] = {}
+    controls: list[dict[str, Any]] = []
     if not options.structured:
-        control = uniform(
-            model, found, config, experiment.example(), train, lambda net: score(net, experiment.test)
-        )
+        controls = [
+            control(kind, model, found, config, experiment.example(), train)
+            for kind in ("one threshold", "one sparsity")
+        ]
+        for row in controls:
+            row["test"] = score(row.pop("network"), experiment.test)
     dense_test, chosen_test = score(model, experiment.test), score(chosen, experiment.test)
     return {
         **found.to_dict(),
         "experiment": experiment.name,
         "parameters": parameter_count(model),
-        "test": {"dense": dense_test, "chosen": chosen_test, **control},
-        "table": table(experiment.name, found, dense_test, chosen_test, control),
+        "test": {"dense": dense_test, "chosen": chosen_test},
+        "controls": controls,
+        "table": table(experiment.name, found, dense_test, chosen_test, controls),
     }
 
 
-def uniform(
-    model: nn.Module, found: SearchResult, config: MixAndMatchConfig, example: Any, train: Any, test: Any
-) -> dict[str, float]:
-    """One magnitude threshold for all layers at the chosen run's sparsity, fine-tuned alike."""
+def control(
+    kind: str, model: nn.Module, found: SearchResult, config: MixAndMatchConfig, example: Any, train: Any
+) -> dict[str, Any]:
+    """Magnitude pruning at the chosen run's sparsity without ranges, roles or choice; fine-tuned alike."""
     layers = [layer for layer in find_layers(model, example, config) if layer.role != "normalization"]
     sensitivity = measure_sensitivity(model, layers, [next(iter(train))], hessian=False)
-    every = torch.cat([sensitivity.importance("magnitude", layer.name).flatten() for layer in layers])
+    importance = {layer.name: sensitivity.importance("magnitude", layer.name).flatten() for layer in layers}
+    every = torch.cat(list(importance.values()))
     count = round(found.chosen.sparsity * parameter_count(model))
     threshold = every.sort().values[max(0, count - 1)]
-    shares = {
-        layer.name: float((sensitivity.importance("magnitude", layer.name) <= threshold).double().mean())
-        for layer in layers
-    }
+    shares = {name: float((values <= threshold).double().mean()) for name, values in importance.items()}
+    if kind == "one sparsity":
+        shares = dict.fromkeys(importance, count / len(every))
     masks = build_masks(sensitivity, shares, "magnitude")
     net = copy.deepcopy(model)
     torch.manual_seed(config.seed)
     finetune_masked(net, masks, train, config)
     return {
-        "global_magnitude": test(net),
-        "global_magnitude_sparsity": mask_sparsity(masks, parameter_count(model)),
+        "control": kind,
+        "network": net,
+        "sparsity": mask_sparsity(masks, parameter_count(model)),
+        "largest_layer_sparsity": max(shares.values()),
     }
 
 
-def table(name: str, found: SearchResult, dense: float, chosen: float, control: dict[str, float]) -> str:
+def table(name: str, found: SearchResult, dense: float, chosen: float, controls: list[dict[str, Any]]) -> str:
     lines = [
         f"{name}: dense {100 * dense:.2f} % (test), {100 * found.dense:.2f} % (validation)",
         "",
         "| score | strategy | sparsity | validation |",
         "|---|---|---|---|",
     ]
-    lines += [
-        f"| {run.score} | {run.strategy} | {100 * run.sparsity:.1f} % | {100 * run.validation:.2f} |"
-        for run in found.runs
-    ]
+    for run in found.runs:
+        same = f" = {run.same_as.partition('-')[2]}" if run.same_as else ""
+        lines.append(
+            f"| {run.score} | {run.strategy}{same} | {100 * run.sparsity:.1f} % | {100 * run.validation:.2f} |"
+        )
     lines += ["", "| score | best | mean ± sd over strategies | mean sparsity |", "|---|---|---|---|"]
     lines += [
         f"| {s.score} | {100 * s.best:.2f} | {100 * s.mean:.2f} ± {100 * s.sd:.2f} (n = {s.runs}) | "
@@ -152,10 +159,13 @@ def table(name: str, found: SearchResult, dense: float, chosen: float, control: 
         "",
         f"Chosen: {found.chosen.key}, sparsity {100 * found.chosen.sparsity:.1f} %, test {100 * chosen:.2f} %.",
     ]
-    if control:
+    for row in controls:
+        sparsities = (
+            f"{100 * row['sparsity']:.1f} %, at most {100 * row['largest_layer_sparsity']:.1f} % in a layer"
+        )
         lines.append(
-            f"Control, one global magnitude threshold at {100 * control['global_magnitude_sparsity']:.1f} %, same "
-            f"fine-tuning: test {100 * control['global_magnitude']:.2f} %."
+            f"Control, magnitude with {row['control']} for all layers ({sparsities}), same fine-tuning: "
+            f"test {100 * row['test']:.2f} %."
         )
     return "\n".join(lines)
 
