@@ -147,12 +147,10 @@ def main() -> None:
     width = max(len(row.claim) for row in rows)
     print(f"{'claim':<{width}}  {'measured':>9}  {'floor':>7}  {'limit':>7}")
     for row in rows:
-        print(
-            f"{row.claim:<{width}}  {row.measured:>9.4f}  {row.floor:>7.3f}  {row.limit:>7.3f}  {'met' if row.met else 'NOT MET'}"
-        )
-    print(
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, load {os.getloadavg()[0]:.1f}"
-    )
+        verdict = "met" if row.met else "NOT MET"
+        print(f"{row.claim:<{width}}  {row.measured:>9.4f}  {row.floor:>7.3f}  {row.limit:>7.3f}  {verdict}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory {peak:.0f} MiB, load {os.getloadavg()[0]:.1f}")
     if options.json:
         record = {
             "command": "python benchmarks/core_speed.py",

@@ -57,7 +57,11 @@ class VGG(nn.Module):
             if width == "M":
                 layers.append(nn.MaxPool2d(2))
             else:
-                layers += [nn.Conv2d(channels, int(width), 3, padding=1), nn.BatchNorm2d(int(width)), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(channels, int(width), 3, padding=1),
+                    nn.BatchNorm2d(int(width)),
+                    nn.ReLU(),
+                ]
                 channels = int(width)
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
@@ -112,7 +116,9 @@ class GroupedBlock(nn.Module):
         super().__init__()
         self.a = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
         self.b = nn.Sequential(
-            nn.Conv2d(outputs, outputs, 3, stride, 1, groups=4, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+            nn.Conv2d(outputs, outputs, 3, stride, 1, groups=4, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
         )
         self.c = nn.Sequential(nn.Conv2d(outputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
         self.proj = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
@@ -303,9 +309,7 @@ def _config(*levels: str, head: str, **options: Any) -> SigmaBConfig:
 
 
 CASES = [
-    Case(
-        "resnet50", lambda: cifar_resnet50(5, width=0.125), _config("layer3", "layer4", head="fc"), _images
-    ),
+    Case("resnet50", lambda: cifar_resnet50(5, width=0.125), _config("layer3", "layer4", head="fc"), _images),
     Case("resnet18", ResNet18, _config("layer2", "layer3", head="fc")),
     Case("resnet18-mid-stage", ResNet18, _config("layer2.1", "layer3", head="fc")),
     Case("vgg", VGG, _config("features.7", "features.10", head="classifier")),
