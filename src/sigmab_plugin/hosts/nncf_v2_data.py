@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class BatchLoader(PTInitializingDataLoader):
         return self._size
 
     def __len__(self) -> int:
-        return len(self._batches) if hasattr(self._batches, "__len__") else sum(1 for _ in self._batches)
+        return len(self._batches) if isinstance(self._batches, Sized) else sum(1 for _ in self._batches)
 
     def get_inputs(self, dataloader_output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         inputs = dataloader_output[0]
