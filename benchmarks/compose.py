@@ -139,7 +139,7 @@ def main() -> int:
     report = json.loads((out / "report.json").read_text())
     content = {
         "benchmark": "compose",
-        "command": "python " + " ".join(sys.argv),
+        "command": "python " + " ".join(sys.argv).replace(str(arguments.data), "FOLDER"),
         "data": "yes, no, up, down of Speech Commands v2, speakers disjoint across splits; accuracy on test",
         "seconds_of_last_call": round(time.time() - start, 1),
         "config": config,

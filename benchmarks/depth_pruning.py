@@ -203,7 +203,7 @@ def main() -> None:
                 "choices": "on validation; test read once per network",
             },
             "published": "block 2: -28 % parameters, -28 % MACs, -1.06 points (12 words, arXiv 2204.10546)",
-            "command": "python " + " ".join(sys.argv),
+            "command": "python " + " ".join(sys.argv).replace(str(arguments.data), "FOLDER"),
             "seed": arguments.seed,
             "versions": {
                 "python": platform.python_version(),
