@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CalibrationError, ConfigError, MissingDependencyError
+from ..errors import CalibrationError, ConfigError, MissingDependencyError, ModelError
 from ..techniques.base import Context
 from .nncf_schema import Section, check, nncf_version, read
 from .nncf_v3 import SectionReport, as_inputs
@@ -54,11 +54,11 @@ class Compressed:
         """
         from safetensors.torch import save_file
 
+        from ..tree.io import unshared
+
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: tensor.detach().contiguous().cpu() for name, tensor in self.network.state_dict().items()
-        }
+        weights = unshared(self.network.state_dict())
         if self.controller is not None:
             state = json.dumps(self.controller.get_compression_state(), indent=1, default=_plain)
             (target / "compression_state.json").write_text(state + "\n", encoding="utf-8")
@@ -74,7 +74,11 @@ class Compressed:
         if self.path != NO_NNCF:
             from .nncf_v3 import get_config
 
-            text = json.dumps(get_config(self.network), indent=1)
+            try:
+                text = json.dumps(get_config(self.network), indent=1)
+            except ModelError as error:
+                _log.warning("no nncf.json in %s: %s", target, error)
+                return target
             (target / "nncf.json").write_text(text + "\n", encoding="utf-8")
         return target
 

@@ -195,6 +195,23 @@ def module_path(scope: str) -> str:
     return ".".join(parts[:-2])
 
 
+_untraced: set[tuple[type, str]] = set()
+
+
+def hide_untraced(model: nn.Module) -> None:
+    """Keep NNCF's tracing out of the methods that modules declare in ``untraced``, by ``nncf.torch.disable_tracing``.
+
+    Farthest point sampling alone would put some thousands of nodes into NNCF's graph.
+    """
+    import nncf.torch
+
+    for kind in {type(module) for module in model.modules()}:
+        for name in getattr(kind, "untraced", ()):
+            if (kind, name) not in _untraced:
+                nncf.torch.disable_tracing(getattr(kind, name))
+                _untraced.add((kind, name))
+
+
 def unknown_modules(model: nn.Module, names: Sequence[str]) -> str:
     """What is wrong with ``names`` as modules of ``model``; empty if nothing is."""
     known = dict(model.named_modules())

@@ -33,7 +33,7 @@ from ..counting import parameter_count
 from ..errors import ConfigError, FormatError
 from ..techniques.base import Technique
 from ..tree.net import SigmaBNet
-from .nncf_schema import check, covered_levels, sections, techniques, unknown_modules
+from .nncf_schema import check, covered_levels, hide_untraced, sections, techniques, unknown_modules
 from .nncf_v2_controller import (
     FinishedController,
     OrderedCompositeController,
@@ -313,6 +313,7 @@ def _checking(original: Any) -> Any:
 
     def create_nncf_network(model: nn.Module, config: NNCFConfig, *args: Any, **kwargs: Any) -> NNCFNetwork:
         check_against_model(model, config)
+        hide_untraced(model)
         return original(model, config, *args, **kwargs)
 
     return create_nncf_network

@@ -31,7 +31,7 @@ from torch import nn
 from ..errors import CalibrationError, ConfigError, ModelError
 from ..techniques.base import Context
 from ..tree.net import SigmaBNet
-from .nncf_schema import Section, SectionError, check, covered_levels, read, unknown_modules
+from .nncf_schema import Section, SectionError, check, covered_levels, hide_untraced, read, unknown_modules
 from .nncf_v3_parts import Part, change_parts, wrap_parts
 
 _log = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ def compress(
             options=dict(options or {}),
         ),
     )
+    hide_untraced(model)
     network = model
     was_training = model.training
     try:
@@ -458,16 +459,25 @@ def get_config(network: nn.Module) -> dict[str, Any]:
     """What NNCF has added to ``network``, as JSON types; :func:`load_from_config` adds it again.
 
     For a network that is no SigmaB net this holds ``nncf.torch.get_config``'s result under the part ``""``.
+
+    Raises:
+        ModelError: NNCF has no config for what it has added (``compress_weights``).
     """
     import nncf.torch
 
     from .nncf_v3_parts import is_wrapped, wrapped_parts
 
-    return {
-        "format": "sigmab-nncf",
-        "version": 1,
-        "parts": {name: nncf.torch.get_config(m) for name, m in wrapped_parts(network) if is_wrapped(m)},
-    }
+    described = {}
+    for name, module in wrapped_parts(network):
+        if is_wrapped(module):
+            try:
+                described[name] = nncf.torch.get_config(module)
+            except nncf.InternalError as error:
+                raise ModelError(
+                    f"NNCF cannot describe what it has added to {name or 'the network'!r}: {error} After "
+                    "weight_compression keep the network before it, and compress again."
+                ) from error
+    return {"format": "sigmab-nncf", "version": 1, "parts": described}
 
 
 def load_from_config(

@@ -109,24 +109,32 @@ class SetAbstraction(nn.Module):
             local_nn=_mlp(channels), add_self_loops=False, aggr=TableMaxAggregation() if repeat else "max"
         )
 
+    #: Methods without layers: a host that traces operations need not look inside (hundreds of steps per cloud).
+    untraced = ("group",)
+
     def forward(self, x: Tensor | None, pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            if self.sampling == "prefix":
-                index = first_points(batch, self.centres)
-            else:
-                start = self.random_start and self.training
-                index = farthest_point_sampling(pos, batch, self.centres, random_start=start)
-            centres, centre_batch = pos[index], batch[index]
-            edges = ball_query(
-                pos,
-                centres,
-                batch,
-                centre_batch,
-                radius=self.radius,
-                max_neighbours=self.neighbours,
-                repeat=self.repeat,
-            )
+        centres, centre_batch, edges = self.group(pos, batch)
         return self.conv((x, None), (pos, centres), edges), centres, centre_batch
+
+    @torch.no_grad()
+    def group(self, pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Centres (sum S, 3), the cloud of each, and the edges from points to centres, (2, E)."""
+        if self.sampling == "prefix":
+            index = first_points(batch, self.centres)
+        else:
+            start = self.random_start and self.training
+            index = farthest_point_sampling(pos, batch, self.centres, random_start=start)
+        centres, centre_batch = pos[index], batch[index]
+        edges = ball_query(
+            pos,
+            centres,
+            batch,
+            centre_batch,
+            radius=self.radius,
+            max_neighbours=self.neighbours,
+            repeat=self.repeat,
+        )
+        return centres, centre_batch, edges
 
 
 class GlobalSetAbstraction(nn.Module):

@@ -11,10 +11,11 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..channels import slice_module, slices_of
@@ -39,7 +40,7 @@ def save(net: SigmaBNet, directory: str | os.PathLike[str]) -> Path:
 
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().contiguous().cpu() for name, t in net.state_dict().items()}
+    tensors = unshared(net.state_dict())
     weights = serialize(tensors, metadata={"format": "pt"})
     record = {
         **net.plan.to_dict(),
@@ -59,6 +60,21 @@ def save(net: SigmaBNet, directory: str | os.PathLike[str]) -> Path:
     os.replace(pending, target / WEIGHTS)
     _sync(target)
     return target
+
+
+def unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict for safetensors: contiguous, on the CPU, and no two entries on the same memory.
+
+    Modules that hosts hook into several places appear under several names.
+    """
+    result: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        tensor = value.detach().contiguous().cpu()
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return result
 
 
 def load(
