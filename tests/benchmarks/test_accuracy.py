@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,17 @@ def _benchmarks_on_path():
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def report():
+    """benchmarks/report.py by its file: ``report`` is a folder of tests, too."""
+    spec = importlib.util.spec_from_file_location("benchmarks_report", BENCHMARKS / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +81,7 @@ def test_results_say_how_they_were_made(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_table_that_was_edited_is_found(finished: Path, tmp_path: Path, capsys) -> None:
-    import report
-
+def test_a_table_that_was_edited_is_found(report, finished: Path, tmp_path: Path, capsys) -> None:
     page = tmp_path / "page.md"
     blocks = ("<!-- results: tiny -->\n<!-- end results -->", "<!-- results:begin -->\n<!-- results:end -->")
     page.write_text("\n".join(["before", *blocks, "after", ""]))
@@ -89,16 +99,17 @@ def test_a_table_that_was_edited_is_found(finished: Path, tmp_path: Path, capsys
     assert "99.99" in capsys.readouterr().out
 
 
-def test_spread_is_mean_and_standard_deviation() -> None:
-    import report
-
+def test_spread_is_mean_and_standard_deviation(report) -> None:
     assert report.spread([90.0]) == "90.00"
     assert report.spread([90.0, 91.0, 92.0]) == "91.00 ± 1.00"
 
 
-def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
-    import report
-
+def test_a_page_without_markers_is_refused(report, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("no table")
     with pytest.raises(SystemExit, match="results: NAME"):
         report.main(["--check", str(tmp_path / "page.md")])
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_pages_state_what_the_result_files_hold(report, page: str) -> None:
+    assert report.main(["--check", str(BENCHMARKS.parent / page)]) == 0
