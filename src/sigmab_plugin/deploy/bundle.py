@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..modes import evaluating
 from .manifest import FileEntry, Manifest, Node, Region, Value
-from .nodes import NodeSource, chain, cut, evaluating
+from .nodes import NodeSource, chain, cut
 from .writing import BundleWriter, RawTensor, atomic_directory, write_manifest
 
 _log = logging.getLogger(__name__)

@@ -5,8 +5,7 @@ backbone + root's router | specializer + its router, per inner node | specialize
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,20 +97,6 @@ class _Chained(nn.Module):
         return _flat(self.body(*inputs))
 
 
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put ``modules`` into eval mode and give every submodule its own mode back afterwards."""
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    try:
-        for module in modules:
-            module.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
 class _Given(nn.Module):
     """Stands for a backbone that runs elsewhere: its frontier comes in as the inputs."""
 
@@ -124,7 +109,7 @@ def cut(net: Any, example_inputs: Any, *, backbone: bool = True) -> tuple[NodeSo
 
     ``example_inputs`` is a batch (or the positional arguments); a batch of one is doubled, because
     a traced batch of one would be taken for a constant. Without ``backbone`` the root takes the frontier
-    and only routes. Call inside :func:`evaluating`.
+    and only routes. Call inside :func:`~sigmab_plugin.modes.evaluating`.
     """
     inputs = _at_least_two(as_arguments(example_inputs), type(net.modality).__name__)
     names = _names("input", len(inputs))

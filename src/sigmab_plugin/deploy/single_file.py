@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError, ModelError
-from .nodes import NodeSource, cut, evaluating
+from ..modes import evaluating
+from .nodes import NodeSource, cut
 from .onnx_graph import INLINE_BYTES, export_node, require
 from .writing import BundleWriter
 

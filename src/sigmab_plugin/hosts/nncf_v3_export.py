@@ -16,8 +16,9 @@ from torch import nn
 
 from ..deploy.bundle import Artefact, Options, write_bundle
 from ..deploy.manifest import Manifest, Region
-from ..deploy.nodes import NodeSource, chain, cut, evaluating
+from ..deploy.nodes import NodeSource, chain, cut
 from ..errors import ConfigError
+from ..modes import evaluating
 from ..tree.net import SigmaBNet
 from .nncf_v3 import as_inputs, strip
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..channels import ChannelGroup, slice_module
 from ..errors import CalibrationError, ConfigError
+from ..modes import evaluating
 from ..tuning.distributed import all_gather_rows
 from .allocation import split_channels, top_channels
 from .calibration import Calibration
@@ -22,7 +23,7 @@ from .net import Router, SigmaBNet
 from .plan import BranchPlan, Plan, SplitPlan, child, paths_at, prefixes
 from .prepare import Prepared, channel_means
 from .segments import Segments, call
-from .statistics import collect_level, evaluating
+from .statistics import collect_level
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Builder:
     def run(self, progress: Callable[[str, int], None] | None = None) -> Iterator[Allocation]:
         """Yield every branch's allocation, then build it; afterwards :meth:`net` is ready."""
         segments = self.prepared.segments
-        with evaluating([segments.backbone, *segments.tail]):
+        with evaluating(segments.backbone, *segments.tail):
             for level in range(self.prepared.depth):
                 yield from self._level(level, progress)
             yield from self._heads()

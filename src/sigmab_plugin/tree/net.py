@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..config import SigmaBConfig
 from ..counting import macs as count_macs
 from ..counting import parameter_count
 from ..errors import ConfigError
+from ..modes import evaluating
 from .modality import Modality, modality
 from .plan import Plan, child, module_key, prefixes
 from .segments import call
@@ -298,7 +298,7 @@ class SigmaBNet(nn.Module):
 
     def macs(self, example: Any) -> MacCounts:
         """Multiply-accumulates for ``example`` (one batch of inputs), per path and over all leaves."""
-        with self.evaluating(), torch.no_grad():
+        with evaluating(self):
             backbone = count_macs(self.backbone, example)
             frontiers = {"": call(self.backbone, example)}
             cost = {"": backbone}
@@ -320,17 +320,6 @@ class SigmaBNet(nn.Module):
                 total += head
         per_path = {leaf: cost[leaf] for leaf in self.leaves}
         return MacCounts(active=max(per_path.values()), per_path=per_path, backbone=backbone, total=total)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode for a while; the mode of every module comes back."""
-        flags = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, training in flags.items():
-                module.training = training
 
 
 def _device(frontier: Any) -> torch.device:

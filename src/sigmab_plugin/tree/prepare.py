@@ -16,10 +16,10 @@ from ..channels.slicing import named_tensors
 from ..channels.torch_pruning import check_not_shared, collect_groups
 from ..config import SigmaBConfig
 from ..errors import ModelError
+from ..modes import evaluating
 from .allocation import check_widths, filter_norms, width_of
 from .modality import Modality, detect
 from .segments import Segments, call, chain, cut
-from .statistics import evaluating
 from .widths import solve_scale
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def prepare(
         pieces = cut(model, levels=config.levels, head=config.head)
     modules = [pieces.backbone, *pieces.tail]
     check_not_shared(modules)
-    with evaluating(modules):
+    with evaluating(*modules):
         frontier = (
             forward_fn(pieces.backbone, example_inputs)
             if forward_fn

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..tuning.distributed import all_reduce_sum
 from .calibration import Calibration
@@ -63,20 +61,6 @@ class Spool:
 
     def close(self) -> None:
         self._file.close()
-
-
-@contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode and no gradients; every module's own mode comes back."""
-    flags = {inner: inner.training for module in modules for inner in module.modules()}
-    for module in modules:
-        module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 def collect_level(

@@ -10,12 +10,12 @@ from torch import nn
 
 from ..channels import slice_module
 from ..config import SigmaBConfig
+from ..modes import evaluating
 from .allocation import top_channels
 from .calibration import Calibration
 from .plan import paths_at, prefixes
 from .prepare import Prepared, channel_means, prepare
 from .segments import call
-from .statistics import evaluating
 
 
 class StaticTwin(nn.Module):
@@ -65,7 +65,7 @@ def build_twin(prepared: Prepared, calibration_data: Iterable[Any] | None) -> St
     """One path with the widths of the largest leaf; output channels by their mean activation over all data."""
     calibration = Calibration(calibration_data, prepared.example)
     segments = prepared.segments
-    with evaluating([segments.backbone, *segments.tail]):
+    with evaluating(segments.backbone, *segments.tail):
         sums: list[torch.Tensor | None] = [None] * prepared.depth
         count = 0
         for inputs in calibration.batches():
