@@ -132,7 +132,9 @@ def test_weight_compression(host: Any, tree: SigmaBNet, config_of: Any, dataset:
     assert reports[0].facts["bytes_after"] < 0.5 * reports[0].facts["bytes_before"]
     assert all(torch.equal(tree.state_dict()[name], tensor) for name, tensor in before.items())
     # every leaf's logits: in hard routing a sample at a router's border may take the other branch
-    torch.testing.assert_close(net.forward_leaves(data[0])[0], tree.forward_leaves(data[0])[0], rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        net.forward_leaves(data[0])[0], tree.forward_leaves(data[0])[0], rtol=0.1, atol=0.1
+    )
 
 
 @pytest.mark.slow
