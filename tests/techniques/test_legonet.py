@@ -28,7 +28,6 @@ from sigmab_plugin.techniques.legonet import (
     save_packed,
     technique,
 )
-from sigmab_plugin.techniques.legonet.calibration import CalibrationPairs
 
 
 class Mixed(nn.Module):
@@ -314,18 +313,6 @@ def test_batchnorm_reestimation_helps_and_is_stored(tmp_path: Path) -> None:
     assert same_state(technique.apply(model, config, Context(calibration_data=inputs)), restored)
     save_packed(restored.legonet, tmp_path / "net")
     assert same_state(load_packed(tmp_path / "net", model), restored)
-
-
-def test_two_inputs_are_told_from_inputs_and_targets() -> None:
-    points, positions, targets = torch.randn(6, 3), torch.randn(6, 3), torch.zeros(6, dtype=torch.long)
-    example = (points[:2], positions[:2])
-    for batch in ((points, positions), ((points, positions), targets)):
-        inputs, labels = next(iter(CalibrationPairs([batch], example)))
-        assert inputs[0] is points
-        assert inputs[1] is positions
-        assert labels.shape == (6,)
-    inputs, _ = next(iter(CalibrationPairs([(points, targets)])))
-    assert inputs is points
 
 
 def test_codebook_gradient_is_the_scattered_weight_gradient() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sigmab_plugin.errors import TrainingError
 from sigmab_plugin.tree.net import SigmaBNet
 from sigmab_plugin.tuning import reestimate_batchnorm
+from sigmab_plugin.tuning.batches import sample_count
 
 from .nets import dense, loader, same, samples, state, tree
 
@@ -147,8 +149,49 @@ def test_points_are_joined_across_batches() -> None:
     assert pos.shape == (5, 3)
 
 
+@pytest.mark.parametrize("build", [dense, tree])
+def test_targets_are_not_needed(build: Callable[[], nn.Module]) -> None:
+    images, targets = samples(64)
+    parts = list(zip(images.split(16), targets.split(16), strict=True))
+    results = []
+    for batches in (parts, [inputs for inputs, _ in parts], [(inputs,) for inputs, _ in parts]):
+        net = build()
+        reestimate_batchnorm(net, batches)
+        results.append(state(net))
+    for other in results[1:]:
+        same(results[0], other)
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        result: Tensor = self.norm(first + second)
+        return result
+
+
+def test_two_inputs_are_told_from_inputs_and_targets() -> None:
+    first, second, targets = torch.randn(6, 3), torch.randn(6, 3), torch.zeros(6, dtype=torch.long)
+    for batch in ((first, second), ((first, second), targets)):
+        net = Sum()
+        reestimate_batchnorm(net, [batch], example_inputs=(first[:2], second[:2]))
+        torch.testing.assert_close(net.norm.running_mean, (first + second).mean(0))
+
+
+def test_samples_of_a_batch_are_counted() -> None:
+    from torch_geometric.data import Batch, Data
+
+    clouds = Batch.from_data_list([Data(pos=torch.randn(5, 3)), Data(pos=torch.randn(7, 3))])
+    for inputs in (torch.zeros(2, 3), (torch.zeros(2, 3), torch.zeros(9)), {"x": torch.zeros(2)}, clouds):
+        assert sample_count(inputs) == 2
+    assert sample_count((None, torch.zeros(4, 3))) == 4
+
+
 def test_no_usable_batch() -> None:
     images, targets = samples(2)
     for batches in ([], [(images[:1], targets[:1])]):
-        with pytest.raises(TrainingError, match="at least one batch of two samples"):
-            reestimate_batchnorm(dense(), batches)
+        for given in (batches, [inputs for inputs, _ in batches]):
+            with pytest.raises(TrainingError, match="at least one batch of two samples"):
+                reestimate_batchnorm(dense(), given)

@@ -174,12 +174,12 @@ def _splits(plan: Plan, *, seed: int) -> tuple[Dataset, Dataset, Dataset]:
 
 
 def _calibration(loader: Any, samples: int, device: Any) -> list[Any]:
-    """The first (inputs, targets) batches of a shuffled pass, until there are ``samples``."""
+    """Inputs of the first batches of a shuffled pass, until there are ``samples``."""
     from ..tuning.batches import to_device
 
     batches, seen = [], 0
     for inputs, targets in loader:
-        batches.append((to_device(inputs, device), targets))
+        batches.append(to_device(inputs, device))
         seen += len(targets)
         if seen >= samples:
             break

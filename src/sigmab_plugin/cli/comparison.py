@@ -69,7 +69,7 @@ class Comparison:
         model: the dense network; left as it was.
         example: inputs of one sample, as a batch of one.
         train, validation, test: loaders of (inputs, targets).
-        calibration: batches of (inputs, targets), for statistics.
+        calibration: batches of inputs, for statistics.
         recipe, epochs: fine-tuning after each technique that restructures; 0 epochs: none.
         teacher: fine-tune with the dense network's logits where the recipe gives them weight.
         twins: add the static twin of every tree.
@@ -271,7 +271,14 @@ def _read_outcome(file: Path, run: Run) -> Outcome | None:
     try:
         content = json.loads(file.read_text())
         row = replace(Row(**content["row"]), name=run.name)
-        return Outcome(row, content["validation_accuracy"], content["form"], run.sections, content["seconds"])
+        return Outcome(
+            row=row,
+            validation_accuracy=content["validation_accuracy"],
+            form=content["form"],
+            sections=run.sections,
+            seconds=content["seconds"],
+            leaf_shares=tuple(content["leaf_shares"]),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{file} is no finished row: {error}; remove it to run it again") from error
 

@@ -36,6 +36,31 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     return inputs, targets if soft else targets.long()
 
 
+def inputs_of(batch: Any, *, example_inputs: Any = None) -> Any:
+    """Inputs of one batch, with or without targets beside them.
+
+    Args:
+        batch: inputs (a tensor, a tuple of arguments, a torch-geometric batch) or ``(inputs, targets)``.
+        example_inputs: one batch of inputs, where known. A pair is ``(inputs, targets)`` unless this is a pair as
+            well: then two tensors are the two inputs.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        return batch
+    takes_two = isinstance(example_inputs, (tuple, list)) and len(example_inputs) == 2
+    return batch if takes_two and isinstance(batch[0], Tensor) else batch[0]
+
+
+def sample_count(inputs: Any) -> int:
+    """Samples in a batch of inputs: graphs of a torch-geometric batch, else rows of the first tensor."""
+    graphs = getattr(inputs, "num_graphs", None)
+    if graphs is not None:
+        return int(graphs)
+    parts = inputs.values() if isinstance(inputs, dict) else inputs
+    if isinstance(inputs, (tuple, list, dict)):
+        return next((sample_count(part) for part in parts if part is not None), 0)
+    return len(inputs)
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Tensors of a batch, through tuples and lists, on ``device``; pinned memory is copied asynchronously."""
     if isinstance(value, (tuple, list)):

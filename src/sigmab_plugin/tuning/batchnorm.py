@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..counting import as_arguments
 from ..errors import TrainingError
-from .batches import split_batch, to_device
+from .batches import inputs_of, sample_count, to_device
 from .distributed import all_reduce_sum, rank
 from .evaluation import hard_routing, module_device
 from .objective import is_tree
@@ -31,6 +31,7 @@ def reestimate_batchnorm(
     loader: Iterable[Any],
     *,
     per_leaf: bool = True,
+    example_inputs: Any = None,
     device: torch.device | str | None = None,
     seed: int = 0,
 ) -> None:
@@ -44,8 +45,10 @@ def reestimate_batchnorm(
 
     Args:
         net: a tree or any module.
-        loader: re-iterable, as for training; read once per pass.
+        loader: re-iterable of inputs or (inputs, targets), whose targets are not used; read once per pass.
         per_leaf: False: every sample counts for every leaf of a tree, in one pass.
+        example_inputs: one batch of inputs; needed only where the net takes two inputs and ``loader`` gives no
+            targets, to tell the two inputs from (inputs, targets).
         device: where ``net`` is; by default the device of its first parameter.
         seed: fixes the order and augmentation of the data.
 
@@ -58,23 +61,24 @@ def reestimate_batchnorm(
             walk = _TreeWalk(net)
             for stage in walk.stages():
                 with _Collection(stage) as collection:
-                    for inputs in _inputs(loader, place, seed):
+                    for inputs in _inputs(loader, example_inputs, place, seed):
                         walk.run(inputs, collection)
                     collection.flush()
         else:
             forward = net.forward_leaves if is_tree(net) else net
             with _Collection({"": net}) as collection, collection.collecting(""):
-                for inputs in _inputs(loader, place, seed):
+                for inputs in _inputs(loader, example_inputs, place, seed):
                     forward(*as_arguments(inputs))  # type: ignore[operator]
 
 
-def _inputs(loader: Iterable[Any], device: torch.device, seed: int) -> Iterator[Any]:
+def _inputs(loader: Iterable[Any], example: Any, device: torch.device, seed: int) -> Iterator[Any]:
     """Inputs of all batches; one of a single sample is left out, its variance being none."""
     seed_epoch(loader, seed=seed, epoch=0, rank=rank())
     used = 0
     for batch in loader:
-        inputs, targets = split_batch(batch)
-        if len(targets) > 1:
+        inputs = inputs_of(batch, example_inputs=example)
+        samples = sample_count(inputs) if inputs is batch else len(batch[1])
+        if samples > 1:
             used += 1
             yield to_device(inputs, device)
     if not used:

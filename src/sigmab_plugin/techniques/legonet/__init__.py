@@ -16,7 +16,6 @@ from ...errors import CalibrationError
 from ...tuning.batchnorm import reestimate_batchnorm
 from ..base import Context, Technique
 from .bits import bits_per_index, pack_bits, unpack_bits
-from .calibration import CalibrationPairs
 from .config import LegoNetConfig
 from .finetune import finetune_codebook
 from .lazy import LazyNodes
@@ -77,7 +76,7 @@ def compress(
         if context.calibration_data is None:
             raise CalibrationError("legonet: reestimate_batchnorm needs calibration_data")
         net = expand_into(packed, model)
-        reestimate_batchnorm(net, CalibrationPairs(context.calibration_data, context.example_inputs))
+        reestimate_batchnorm(net, context.calibration_data, example_inputs=context.example_inputs)
         packed = packed.with_dense(net)
     return packed
 
