@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sigmab_plugin.cli import main
+from sigmab_plugin.cli.comparison import Run, _read_outcome
 
 TREE = {"algorithm": "sigmab", "levels": ["layer3", "layer4"], "head": "fc", "projection_dim": 8}
 HEAD = {"algorithm": "depth_pruning", "epochs": [1], "learning_rates": [0.01], "head_widths": [8]}
@@ -60,6 +61,8 @@ def test_rows_twins_report_and_resuming(tmp_path: Path, capsys: pytest.CaptureFi
     shares = [json.loads(path.read_text())["leaf_shares"] for path in stamps]
     assert sorted(len(share) for share in shares) == [0, 0, 0, 4, 4]
     assert all(sum(share) == pytest.approx(1) for share in shares if share)
+    resumed = [_read_outcome(path, Run("resumed")) for path in stamps]
+    assert [list(outcome.leaf_shares) for outcome in resumed if outcome] == shares
     starved = any(min(share) < 0.01 for share in shares if share)
     assert ("hardly used" in page) == starved
     assert compare(file(tmp_path), out, "--json") == 0

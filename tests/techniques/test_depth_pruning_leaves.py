@@ -10,19 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from sigmab_plugin import SigmaBNet, SigmaBPruner
+from sigmab_plugin import SigmaBNet, SigmaBPruner, load, save
+from sigmab_plugin.cli import main
+from sigmab_plugin.deploy import Runner, export
 from sigmab_plugin.errors import ConfigError, FormatError, ModelError
 from sigmab_plugin.models.ds_cnn import DSCNN
 from sigmab_plugin.techniques.base import Context
 from sigmab_plugin.techniques.depth_pruning import (
     AuxiliaryHead,
     DepthPruningConfig,
-    load_pruned_leaves,
     prune_leaves,
-    save_pruned_leaves,
     technique,
     train_leaf_heads,
 )
+from sigmab_plugin.tree.io import assemble
+from sigmab_plugin.tree.plan import Plan
 
 CLIPS = torch.randn(64, 1, 16, 6, generator=torch.Generator().manual_seed(0))
 TARGETS = (CLIPS.mean((1, 2, 3)) > 0).long() + (CLIPS[:, 0, :, 0].mean(1) > 0).long()
@@ -74,26 +76,49 @@ def test_without_freezing_the_whole_tree_trains() -> None:
     assert not torch.equal(short.backbone.stem.conv.weight, net.backbone.stem.conv.weight)
 
 
-def test_save_and_load_are_bitwise(tmp_path: Path) -> None:
-    short = prune_leaves(tree(), CLIPS[:1], cut="block3", head_widths=(6,), seed=3)
-    save_pruned_leaves(short, tmp_path)
-    again = load_pruned_leaves(tmp_path, dense(), CLIPS[:1])
-    assert torch.equal(again(CLIPS), short(CLIPS))
-    record = json.loads((tmp_path / "leaves.json").read_text())
-    (tmp_path / "leaves.json").write_text(json.dumps({**record, "version": 2}))
-    with pytest.raises(FormatError, match="version 2"):
-        load_pruned_leaves(tmp_path, dense(), CLIPS[:1])
-    (tmp_path / "leaves.json").write_text(json.dumps({**record, "cut": "block4"}))
-    with pytest.raises(FormatError, match="does not fit its plan"):
-        load_pruned_leaves(tmp_path, dense(), CLIPS[:1])
-    (tmp_path / "leaves.json").unlink()
-    with pytest.raises(FormatError, match=r"leaves\.json cannot be read"):
-        load_pruned_leaves(tmp_path, dense(), CLIPS[:1])
+@pytest.mark.parametrize("cut", ["", "block3"])
+def test_save_and_load_are_bitwise(cut: str, tmp_path: Path) -> None:
+    short = prune_leaves(tree(), CLIPS[:1], cut=cut, head_widths=(6,), seed=3)
+    save(short, tmp_path)
+    with torch.device("meta"):
+        skeleton = dense()
+    for model in (dense(), skeleton):
+        again = load(tmp_path, model)
+        assert torch.equal(again(CLIPS), short(CLIPS))
+        assert again.plan == short.plan
+        assert again.parameter_counts() == short.parameter_counts()
+    assert Plan.from_dict(json.loads(json.dumps(short.plan.to_dict()))) == short.plan
+    save(again, tmp_path / "again")
+    assert (tmp_path / "again" / "plan.json").read_text() == (tmp_path / "plan.json").read_text()
+
+
+def test_a_saved_tree_is_inspected_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = prune_leaves(tree(), CLIPS[:1], head_widths=(6,))
+    save(short, tmp_path / "tree")
+    assert main(["inspect", str(tmp_path / "tree"), "--json"]) == 0
+    parameters = [node["parameters"] for node in json.loads(capsys.readouterr().out)["nodes"]]
+    assert sum(parameters) == short.parameter_counts().total
+    export(short, CLIPS[:2], tmp_path / "bundle", format="torch")
+    with Runner(tmp_path / "bundle") as runner:
+        result = runner.run(CLIPS[:1].numpy())
+    torch.testing.assert_close(torch.as_tensor(result.logits), short(CLIPS[:1]))
+
+
+def test_an_altered_plan_is_refused(tmp_path: Path) -> None:
+    plan = prune_leaves(tree(), CLIPS[:1], cut="block3", head_widths=(6,)).plan
+    record = plan.to_dict()
+    with pytest.raises(FormatError, match="incomplete or altered"):
+        Plan.from_dict({**record, "shortened": {"cut": "block3"}})
+    with pytest.raises(ConfigError, match="no cut after 'block9'"):
+        assemble(Plan.from_dict({**record, "shortened": {**record["shortened"], "cut": "block9"}}), dense())
 
 
 def test_bad_input() -> None:
+    net = tree()
     with pytest.raises(ConfigError, match=r"no cut after 'block9'.*block3"):
-        prune_leaves(tree(), CLIPS[:1], cut="block9")
+        prune_leaves(net, CLIPS[:1], cut="block9")
+    with pytest.raises(ModelError, match="shortened already"):
+        prune_leaves(prune_leaves(net, CLIPS[:1]), CLIPS[:1])
     dims = zip((8, 16, 16, 16), (16, 16, 16, 3), strict=True)
     layers = nn.Sequential(*(nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in dims))
     rows = torch.randn(32, 8)

@@ -112,10 +112,11 @@ def read_plan(directory: str | os.PathLike[str]) -> Plan:
 
 
 def assemble(plan: Plan, dense_model: nn.Module | Sequence[nn.Module]) -> SigmaBNet:
-    """The net of ``plan`` with slices of ``dense_model``'s weights and fresh routers.
+    """The net of ``plan`` with slices of ``dense_model``'s weights, fresh routers and fresh auxiliary heads.
 
     Raises:
         ModelError: the dense model does not match the plan; names the first tensor that differs.
+        FormatError: the plan's leaves are shortened at a layer that they do not have.
     """
     if isinstance(dense_model, nn.Module):
         if not plan.config.levels:
@@ -156,6 +157,10 @@ def assemble(plan: Plan, dense_model: nn.Module | Sequence[nn.Module]) -> SigmaB
         plan=plan,
     )
     assert set(net.heads) == {module_key(path) for path in plan.leaves}
+    if plan.shortened is not None:
+        from ..techniques.depth_pruning.leaves import shorten
+
+        shorten(net, plan.shortened)
     return net
 
 

@@ -75,6 +75,32 @@ class SplitPlan:
 
 
 @dataclass(frozen=True)
+class ShortenedLeaves:
+    """Leaves that end inside their last specializer, in an auxiliary head (depth pruning).
+
+    Attributes:
+        cut: last layer that is kept, by its name inside the specializer; ``""``: none of it.
+        head_widths: channels of the auxiliary head's stages.
+        classes: outputs.
+        frontiers: leaf path -> shape (B, C, H, W) of what enters its last specializer.
+    """
+
+    cut: str
+    head_widths: tuple[int, ...]
+    classes: int
+    frontiers: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> ShortenedLeaves:
+        return cls(
+            cut=str(record["cut"]),
+            head_widths=tuple(record["head_widths"]),
+            classes=int(record["classes"]),
+            frontiers={path: tuple(shape) for path, shape in record["frontiers"].items()},
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """A restructured network without its weights.
 
@@ -83,6 +109,7 @@ class Plan:
         features: pooled channels of each dense frontier.
         tensors: dense tensor name -> shape, per segment (backbone first); checked when loading.
         splits: inner node path -> its split. branches: branch path -> what it keeps.
+        shortened: how the leaves were shortened afterwards, if they were.
     """
 
     config: SigmaBConfig
@@ -92,6 +119,7 @@ class Plan:
     tensors: tuple[dict[str, tuple[int, ...]], ...]
     branches: dict[str, BranchPlan]
     splits: dict[str, SplitPlan]
+    shortened: ShortenedLeaves | None = None
 
     @property
     def depth(self) -> int:
@@ -125,7 +153,7 @@ class Plan:
         return width
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        record = {
             "format": FORMAT,
             "version": VERSION,
             "config": self.config.to_dict(),
@@ -139,6 +167,9 @@ class Plan:
             },
             "splits": {path: dataclasses.asdict(split) for path, split in self.splits.items()},
         }
+        if self.shortened is not None:
+            record["shortened"] = dataclasses.asdict(self.shortened)
+        return record
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Plan:
@@ -176,6 +207,7 @@ class Plan:
                     )
                     for path, split in record["splits"].items()
                 },
+                shortened=ShortenedLeaves.from_dict(record["shortened"]) if "shortened" in record else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise FormatError(f"the plan is incomplete or altered: {error!r}") from error

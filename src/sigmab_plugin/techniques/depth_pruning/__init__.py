@@ -16,7 +16,7 @@ from ..base import Context, Technique
 from .config import DepthPruningConfig
 from .cuts import CutPoint, enumerate_cuts
 from .export import Int8Export, export_int8
-from .leaves import is_tree, load_pruned_leaves, prune_leaves, save_pruned_leaves, train_leaf_heads
+from .leaves import is_tree, prune_leaves, train_leaf_heads
 from .network import (
     AuxiliaryHead,
     DepthPrunedNet,
@@ -41,12 +41,10 @@ __all__ = [
     "export_int8",
     "from_sweep",
     "load_depth_pruned",
-    "load_pruned_leaves",
     "normalisation_macs",
     "pareto",
     "prune_leaves",
     "save_depth_pruned",
-    "save_pruned_leaves",
     "sweep",
     "technique",
     "train",

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...counting import as_arguments
-from ...errors import FormatError, ModelError
+from ...errors import ModelError
+from ...tree.plan import ShortenedLeaves, module_key, prefixes
 from .config import DepthPruningConfig
 from .cuts import kept_part, trace
 from .network import AuxiliaryHead
 from .training import run_stages
-
-LEAVES = "leaves.json"
-FORMAT, VERSION = "sigmab_plugin.depth_pruning.leaves", 1
 
 
 def is_tree(model: nn.Module) -> bool:
@@ -35,7 +31,8 @@ def prune_leaves(
 ) -> Any:
     """Shorten the last specializer of every leaf and give the leaf an untrained auxiliary head.
 
-    Backbone, routers and the other specializers stay as they are, so the routing stays the same.
+    Backbone, routers and the other specializers stay as they are, so the routing stays the same. The plan
+    records it: ``save`` and ``load`` treat the result like any tree.
 
     Args:
         net: a SigmaB net whose frontiers are 2-D feature maps; left as it was.
@@ -44,88 +41,55 @@ def prune_leaves(
             them, and the heads read what the level above gives.
 
     Raises:
-        ModelError: the frontiers are not 2-D feature maps.
+        ModelError: the frontiers are not 2-D feature maps, or the leaves are shortened already.
         ConfigError: no such cut (the message lists those there are).
     """
+    if net.plan.shortened is not None:
+        raise ModelError(
+            "depth_pruning: the leaves are shortened already; shorten the tree that they came from"
+        )
     pruned = copy.deepcopy(net).eval()
     arguments = as_arguments(example_inputs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    frontiers: dict[str, tuple[int, ...]] = {}
+    with torch.no_grad():
         classes = pruned(*arguments).shape[-1]
         backbone = pruned.backbone(*arguments)
         for leaf in pruned.leaves:
-            steps = leaf.split("/")
-            keys = ["_".join(steps[: depth + 1]) for depth in range(len(steps))]
             frontier = backbone
-            for key in keys[:-1]:
-                frontier = pruned.specializers[key](frontier)
-            specializer: nn.Module = nn.Identity()
-            if cut:
-                traced = trace(pruned.specializers[keys[-1]], (frontier,))
-                specializer = kept_part(pruned.specializers[keys[-1]], traced, traced.find(cut))
-                frontier = specializer(frontier)
+            for path in prefixes(leaf)[:-1]:
+                frontier = pruned.specializers[module_key(path)](frontier)
             if not isinstance(frontier, torch.Tensor) or frontier.dim() != 4:
-                raise ModelError(
-                    f"depth_pruning: leaf {leaf!r} would read {_describe(frontier)}; the auxiliary head needs a "
-                    "2-D feature map (B, C, H, W)"
-                )
-            pruned.specializers[keys[-1]] = specializer
-            head = AuxiliaryHead(frontier.shape[1], classes, widths=head_widths)
-            pruned.heads[keys[-1]] = head.to(device=frontier.device, dtype=frontier.dtype).eval()
-    pruned.depth_pruning = {"cut": cut, "head_widths": list(head_widths)}
+                raise _no_map(leaf, frontier)
+            frontiers[leaf] = tuple(frontier.shape)
+    shortened = ShortenedLeaves(cut, tuple(head_widths), classes, frontiers)
+    shorten(pruned, shortened, seed=seed)
+    pruned.plan = replace(net.plan, shortened=shortened)
     return pruned
 
 
-def save_pruned_leaves(net: Any, directory: str | os.PathLike[str]) -> Path:
-    """Write a tree with auxiliary heads: ``plan.json`` and ``model.safetensors`` as every tree, and ``leaves.json``."""
-    from ...tree import save
-
-    target = save(net, directory)
-    record = {"format": FORMAT, "version": VERSION, **net.depth_pruning}
-    (target / LEAVES).write_text(json.dumps(record, indent=1) + "\n")
-    return target
-
-
-def load_pruned_leaves(directory: str | os.PathLike[str], dense_model: nn.Module, example_inputs: Any) -> Any:
-    """Rebuild what :func:`save_pruned_leaves` wrote; bitwise the weights that were saved.
-
-    Args:
-        dense_model: a model of the dense architecture.
-        example_inputs: one batch, as for :func:`prune_leaves`.
+def shorten(net: Any, shortened: ShortenedLeaves, *, seed: int = 0) -> None:
+    """Shorten the leaves of ``net`` in place, with fresh heads. Nothing of the net runs but its last specializers.
 
     Raises:
-        FormatError: a file is missing, truncated, altered, or from a newer version.
-        ModelError: ``dense_model`` is not the architecture that was restructured.
+        ModelError: a specializer does not give a 2-D feature map.
+        ConfigError: no such cut.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from ...tree.io import WEIGHTS, assemble, read_plan
-
-    folder = Path(directory)
-    plan = read_plan(folder)
-    try:
-        record = json.loads((folder / LEAVES).read_text())
-        known = record["format"] == FORMAT and record["version"] == VERSION
-        cut, widths = record["cut"], record["head_widths"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(
-            f"{folder / LEAVES} cannot be read: {error}; sigmab_plugin.load reads other trees"
-        ) from error
-    if not known:
-        raise FormatError(
-            f"{folder / LEAVES} has version {record['version']!r}; this package reads {VERSION}"
-        )
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"{folder / WEIGHTS} is missing or truncated: {error}") from error
-    net = prune_leaves(assemble(plan, dense_model), example_inputs, cut=cut, head_widths=widths)
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        raise FormatError(f"{folder / WEIGHTS} does not fit its plan: {error}") from error
-    return net.eval()
+    reference = next(net.parameters())
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for leaf, shape in shortened.frontiers.items():
+            key = module_key(leaf)
+            frontier = torch.zeros(shape, device=reference.device, dtype=reference.dtype)
+            specializer: nn.Module = nn.Identity()
+            if shortened.cut:
+                traced = trace(net.specializers[key], (frontier,))
+                specializer = kept_part(net.specializers[key], traced, traced.find(shortened.cut))
+                frontier = specializer(frontier)
+                if not isinstance(frontier, torch.Tensor) or frontier.dim() != 4:
+                    raise _no_map(leaf, frontier)
+            net.specializers[key] = specializer
+            head = AuxiliaryHead(frontier.shape[1], shortened.classes, widths=shortened.head_widths)
+            net.heads[key] = head.to(device=frontier.device, dtype=frontier.dtype).eval()
 
 
 def train_leaf_heads(net: Any, train_data: Iterable[Any], config: DepthPruningConfig) -> list[float]:
@@ -155,7 +119,10 @@ def train_leaf_heads(net: Any, train_data: Iterable[Any], config: DepthPruningCo
             parameter.requires_grad_(flag)
 
 
-def _describe(frontier: Any) -> str:
-    return (
+def _no_map(leaf: str, frontier: Any) -> ModelError:
+    found = (
         f"a tensor {tuple(frontier.shape)}" if isinstance(frontier, torch.Tensor) else type(frontier).__name__
+    )
+    return ModelError(
+        f"depth_pruning: leaf {leaf!r} would read {found}; the auxiliary head needs a 2-D feature map (B, C, H, W)"
     )
