@@ -64,7 +64,7 @@ class Residency:
         directory: Path,
         bandwidth: float | None,
         mode: str,
-        verify: bool,
+        verify: str,
         trace: Trace,
     ) -> None:
         self._bind = bind
@@ -85,8 +85,11 @@ class Residency:
             directory, bandwidth=bandwidth, mode=mode, verify=verify, trace=trace, finished=self._finished
         )
 
-    def acquire(self, path: str) -> Any:
+    def acquire(self, path: str, *, underway: Callable[[], None] | None = None) -> Any:
         """The bound node, pinned until :meth:`release`; reads it if it is not in memory.
+
+        ``underway`` is called once, when the node is in memory or its read has been asked for: reads asked
+        for then follow without a gap.
 
         Raises:
             FormatError: its artefact is missing, truncated or altered. The node may be asked for again.
@@ -100,7 +103,7 @@ class Residency:
                     self.hits += 1
                 else:
                     self.misses += 1
-                self._wait_until_bound(slot)
+                self._wait_until_bound(slot, underway)
                 slot.pins += 1
                 self._clock += 1
                 slot.used_at = self._clock
@@ -114,7 +117,7 @@ class Residency:
             self._trace.add("wait", path, begin)
             return slot.bound
 
-    def _wait_until_bound(self, slot: _Slot) -> None:
+    def _wait_until_bound(self, slot: _Slot, underway: Callable[[], None] | None) -> None:
         ticket = object()
         self._queue.append(ticket)
         try:
@@ -135,6 +138,9 @@ class Residency:
                     self._changed.notify_all()
                 job = slot.job
                 self.reader.demand(job)
+                if underway is not None:
+                    underway()
+                    underway = None
                 if not job.done.is_set() or slot.binding:
                     self._changed.wait()
                     continue
@@ -143,6 +149,8 @@ class Residency:
             if ticket in self._queue:
                 self._queue.remove(ticket)
                 self._changed.notify_all()
+        if underway is not None:
+            underway()
 
     def _take(self, slot: _Slot, job: Job) -> None:
         """A read has ended: bind the weights, or raise what went wrong."""
@@ -174,8 +182,11 @@ class Residency:
                 self._drop(slot)
             self._changed.notify_all()
 
-    def prefetch(self, path: str) -> bool:
-        """Start reading a node ahead of need; False if it is here already or there is no room."""
+    def prefetch(self, path: str, rank: int = 0) -> bool:
+        """Start reading a node ahead of need; False if it is here already or there is no room.
+
+        Of several the lower ``rank`` is read first; equal ranks take turns.
+        """
         with self._changed:
             slot = self._slots[path]
             if slot.present or self._closed or self._queue:
@@ -183,7 +194,7 @@ class Residency:
             if not self._make_room(slot.cost, prefetch=True):
                 return False
             self.prefetches += 1
-            self._start(slot, PREFETCH)
+            self._start(slot, PREFETCH, rank)
             return True
 
     def cancel(self, path: str) -> None:
@@ -224,8 +235,8 @@ class Residency:
         self.reader.close()
         self.drop_all()
 
-    def _start(self, slot: _Slot, priority: int) -> None:
-        slot.job = Job(slot.node, priority)
+    def _start(self, slot: _Slot, priority: int, rank: int = 0) -> None:
+        slot.job = Job(slot.node, priority, rank)
         self.resident_bytes += slot.cost
         self.peak_resident_bytes = max(self.peak_resident_bytes, self.resident_bytes)
         self.reader.submit(slot.job)

@@ -24,6 +24,7 @@ from .backends import open_backend
 from .frontier import Array, Frontier
 from .manifest import Node, read_manifest
 from .residency import Residency
+from .storage import VERIFY
 from .tracing import Statistics, Trace, quantile
 
 _log = logging.getLogger(__name__)
@@ -49,13 +50,15 @@ class Runner:
         backend: "onnxruntime", "openvino", "torch" or "executorch"; None takes the one that fits.
         budget_bytes: weights in memory at most, reads under way included; None for no limit. The least
             recently used node makes room; the backbone stays.
-        prefetch: "none"; "both" starts to read all children while their parent computes, and stops the
-            others once the router has chosen; "likely" reads the child that was chosen most often so far.
+        prefetch: "none"; "both" starts to read all children while their parent computes, the likelier one
+            first (about equally likely ones in turns), and stops the others once the router has chosen;
+            "likely" reads only the child that was chosen most often so far.
         bandwidth: bytes a second that reads may take, to stand in for a slow bus; None for no limit.
         io: "auto" and "direct" read past the page cache ("auto" drops pages after reading where the file
             system cannot); "cached" goes through it.
         retain: False drops each node after its use, backbone too, so that every inference streams its path.
-        verify: compare sha256 at each load of a node.
+        verify: "fast" takes sha256 at a node's first load and compares sums over its pages at later ones;
+            "full" takes sha256 at each load, which costs processor time; "off" compares nothing.
         threads: of the runtime, per inference; None leaves it to the runtime.
         trace: how many events to keep (0: none).
         backbone: for a bundle exported without one: takes the inputs as they were given and returns the
@@ -80,7 +83,7 @@ class Runner:
         bandwidth: float | None = None,
         io: str = "auto",
         retain: bool = True,
-        verify: bool = True,
+        verify: str = "fast",
         threads: int | None = None,
         trace: int = 0,
         backbone: Callable[..., Any] | None = None,
@@ -89,6 +92,8 @@ class Runner:
             raise ConfigError(f"prefetch must be one of {', '.join(PREFETCH)}; got {prefetch!r}")
         if io not in IO:
             raise ConfigError(f"io must be one of {', '.join(IO)}; got {io!r}")
+        if verify not in VERIFY:
+            raise ConfigError(f"verify must be one of {', '.join(VERIFY)}; got {verify!r}")
         if bandwidth is not None and not bandwidth > 0:
             raise ConfigError(f"bandwidth must be more than 0 bytes a second; got {bandwidth!r}")
         self.directory = Path(directory)
@@ -194,9 +199,17 @@ class Runner:
         ``upcoming`` are nodes that other samples of the batch will need next.
         """
         node = self._nodes[path]
-        bound = self._residency.acquire(path)
+        ahead: list[str] = []
+        # The children's reads queue behind this node's own, so that the bus does not idle while it is bound.
         try:
-            ahead = self._read_ahead(node, upcoming)
+            bound = self._residency.acquire(
+                path, underway=lambda: ahead.extend(self._read_ahead(node, upcoming))
+            )
+        except BaseException:
+            for child in ahead:
+                self._residency.cancel(child)
+            raise
+        try:
             with self.trace.span("compute", path):
                 outputs = bound(inputs)
         finally:
@@ -230,13 +243,20 @@ class Runner:
         if self._prefetch == "none":
             return []
         guesses = list(node.children)
+        ranks = [0] * len(guesses)
         if len(guesses) > 1:
             with self._lock:
-                counts = self._choices[node.path]
-                guesses.sort(key=lambda child: -counts[child])
+                counts = dict(self._choices[node.path])
+            guesses.sort(key=lambda child: -counts.get(child, 0))
+            first, second = (counts.get(child, 0) for child in guesses[:2])
+            # Whatever was read of the wrong child is lost: a coin toss is worth half of either.
+            if first > 1.5 * second:
+                ranks = list(range(len(guesses)))
             if self._prefetch == "likely":
                 guesses = guesses[:1]
-        started = [child for child in guesses if self._residency.prefetch(child)]
+                ranks = ranks[:1]
+        ordered = zip(guesses, ranks, strict=True)
+        started = [child for child, rank in ordered if self._residency.prefetch(child, rank)]
         if not node.children:
             for path in upcoming[:1]:
                 self._residency.prefetch(path)

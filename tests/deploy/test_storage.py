@@ -1,0 +1,153 @@
+"""The reader: what its checksums find, which read goes first, and what a bus is kept busy with."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from sigmab_plugin.deploy import Runner, read_manifest
+from sigmab_plugin.deploy.manifest import PAGE, FileEntry, Node, Region
+from sigmab_plugin.deploy.storage import DEMAND, PREFETCH, Checksum, Job, Reader
+from sigmab_plugin.deploy.tracing import Trace
+from sigmab_plugin.errors import ConfigError, FormatError
+
+
+def _node(directory: Path, name: str, pages: int) -> Node:
+    data = np.random.default_rng(len(name)).integers(0, 256, pages * PAGE, np.uint8).tobytes()
+    (directory / name).write_bytes(data)
+    region = Region(name, 0, len(data), len(data), hashlib.sha256(data).hexdigest(), ())
+    return Node(name, name, "leaf", (), (), (), FileEntry(name, 0, ""), region, 0)
+
+
+@pytest.mark.parametrize(("ranks", "left"), [((0, 0), "little"), ((0, 1), "all")])
+def test_equal_guesses_take_turns_and_a_likelier_one_goes_first(
+    tmp_path: Path, ranks: tuple[int, int], left: str
+) -> None:
+    nodes = [_node(tmp_path, name, 64) for name in ("a", "bb")]
+    jobs = [Job(node, PREFETCH, rank) for node, rank in zip(nodes, ranks, strict=True)]
+    seen: list[tuple[str, int]] = []
+
+    def finished(job: Job) -> None:
+        seen.append((job.node.path, sum(j._offset for j in jobs if j is not job)))
+
+    hold = Job(_node(tmp_path, "hold", 64), DEMAND)  # both are queued while this one is read
+    reader = Reader(
+        tmp_path,
+        bandwidth=2e6,
+        mode="cached",
+        verify="full",
+        trace=Trace(0),
+        finished=finished,
+        chunk=4 * PAGE,
+    )
+    for job in (hold, *jobs):
+        reader.submit(job)
+    for job in jobs:
+        assert job.done.wait(10)
+    reader.close()
+    assert [name for name, _ in seen] == ["hold", "a", "bb"]
+    other = seen[1][1]
+    if left == "all":
+        assert other == 0
+    else:
+        assert nodes[1].weights.nbytes / 2 < other < nodes[1].weights.nbytes
+
+
+def _swap_pages(data: bytearray) -> None:
+    data[:PAGE], data[PAGE : 2 * PAGE] = data[PAGE : 2 * PAGE], data[:PAGE]
+
+
+def _flip(data: bytearray) -> None:
+    data[len(data) // 2] ^= 1
+
+
+def _move_a_bit(data: bytearray) -> None:
+    """One bit less here, one more there: the sum over both words stays."""
+    data[0], data[2 * PAGE] = data[0] ^ 1, data[2 * PAGE] ^ 1
+
+
+@pytest.mark.parametrize("damage", [_flip, _swap_pages, _move_a_bit])
+@pytest.mark.parametrize("mode", ["fast", "full"])
+def test_checksums_see_what_changed(mode: str, damage: Any) -> None:
+    good = bytearray(np.random.default_rng(0).integers(0, 256, 4 * PAGE, np.uint8).tobytes())
+    sha256 = hashlib.sha256(good).hexdigest()
+    first = Checksum(mode, None)
+    first.update(memoryview(good))
+    assert first.matches(sha256)
+    known = first.sums
+    assert (known is None) == (mode == "full")
+    again, later = Checksum(mode, known), Checksum(mode, known)
+    again.update(memoryview(good)[: 2 * PAGE])  # in other chunks
+    again.update(memoryview(good)[2 * PAGE :])
+    assert again.matches(sha256)
+    damage(good)
+    later.update(memoryview(good))
+    assert not later.matches(sha256)
+    unseen = Checksum(mode, None)
+    unseen.update(memoryview(good))
+    assert not unseen.matches(sha256)
+
+
+@pytest.mark.parametrize("verify", ["fast", "full", "off"])
+def test_a_node_damaged_after_its_first_load_is_found(own_bundle: Path, images: Tensor, verify: str) -> None:
+    file = own_bundle / read_manifest(own_bundle).node("").weights.file
+    whole = file.read_bytes()
+    with Runner(own_bundle, retain=False, verify=verify) as runner:
+        answer = runner(images[:1])
+        damaged = bytearray(whole)
+        damaged[9] ^= 1
+        file.write_bytes(damaged)
+        if verify == "off":
+            runner(images[:1])
+            assert runner.statistics().faults == 0
+            return
+        with pytest.raises(FormatError, match=r"node 'root'.*sha256"):
+            runner(images[:1])
+        assert runner.resident() == ()
+        assert runner.statistics().resident_bytes == 0
+        file.write_bytes(whole)
+        np.testing.assert_array_equal(runner(images[:1]), answer)
+
+
+def test_verify_is_checked(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="verify must be one of fast, full, off"):
+        Runner(bundle, verify="sometimes")
+
+
+def test_children_are_read_while_their_parent_is_bound(
+    bundle: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some runtimes compile a node when it is bound; the bus need not wait for that."""
+    overlap = {}
+    for prefetch in ("none", "both"):
+        with Runner(bundle, retain=False, prefetch=prefetch, bandwidth=5e5, trace=100) as runner:
+            runner(images[:1])
+            bind = runner._backend.bind
+
+            def slow(*arguments: Any, bind: Any = bind) -> Any:
+                time.sleep(0.03)
+                return bind(*arguments)
+
+            monkeypatch.setattr(runner._backend, "bind", slow)
+            runner.trace.clear()
+            runner(images[:1])
+            overlap[prefetch] = runner.trace.overlap("read", "bind")
+    assert overlap["none"] == 0
+    assert overlap["both"] > 0.01
+
+
+def test_a_broken_parent_leaves_no_guess_behind(own_bundle: Path, images: Tensor) -> None:
+    (own_bundle / read_manifest(own_bundle).node("").weights.file).unlink()
+    with Runner(own_bundle, retain=False, prefetch="both") as runner:
+        with pytest.raises(FormatError, match="node 'root'"):
+            runner(images[:1])
+        deadline = time.monotonic() + 5
+        while runner.statistics().resident_bytes and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert runner.statistics().resident_bytes == 0
