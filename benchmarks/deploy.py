@@ -245,9 +245,9 @@ def agreement(case: Case, root: Path, images: np.ndarray, args: argparse.Namespa
 
 def real_images(path: Path, count: int) -> np.ndarray:
     """``count`` images of a data set's test split, scaled to zero mean and unit variance."""
-    from sigmab_plugin.data import make_loader, open_dataset
+    from sigmab_plugin.data import Loader, open_dataset
 
-    batch = next(iter(make_loader(open_dataset(path, split="test"), batch_size=count)))[0].numpy()
+    batch = next(iter(Loader(open_dataset(path, split="test"), batch_size=count)))[0].numpy()
     scaled: np.ndarray = ((batch - batch.mean()) / batch.std()).astype(np.float32)
     return scaled
 

@@ -15,7 +15,7 @@ import torch_pruning as tp
 from safetensors.torch import save_file
 
 from sigmab_plugin import finetune, save
-from sigmab_plugin.data import digits, make_loader
+from sigmab_plugin.data import Loader, digits
 from sigmab_plugin.models import BasicBlock, ResNet
 from sigmab_plugin.tuning import TrainRecipe, evaluate
 
@@ -35,9 +35,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # layers this small gain nothing from more
 
-    train = make_loader(digits("train"), batch_size=64, shuffle=True)
-    validation = make_loader(digits("val"), batch_size=256)
-    test = make_loader(digits("test"), batch_size=256)
+    train = Loader(digits("train"), batch_size=64, shuffle=True)
+    validation = Loader(digits("val"), batch_size=256)
+    test = Loader(digits("test"), batch_size=256)
 
     # 1. A dense network, trained as usual.
     dense = small_resnet()

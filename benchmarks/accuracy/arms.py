@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sigmab_plugin import SigmaBConfig, SigmaBPruner, static_twin
 from sigmab_plugin.counting import parameter_count
-from sigmab_plugin.data import Loader, Subset, make_loader
+from sigmab_plugin.data import Loader, Subset
 
 from .experiments import Experiment
 
@@ -32,7 +32,7 @@ def calibration(experiment: Experiment, recipe: dict[str, Any], seed: int, devic
     order = torch.randperm(len(experiment.train), generator=torch.Generator().manual_seed(seed))
     part = Subset(experiment.train, order[: settings["samples"]].numpy())
     select = functools.partial(_selected, select=experiment.select, device=device)
-    return make_loader(part, batch_size=settings["batch_size"], augment=select)
+    return Loader(part, batch_size=settings["batch_size"], augment=select)
 
 
 def _selected(inputs: Any, generator: torch.Generator, *, select: Any, device: str) -> Any:
@@ -75,7 +75,7 @@ def build_arm(
 
 def active_parameters(dense: nn.Module, example: Any, config: SigmaBConfig, data: Loader) -> int:
     """Parameters on the tree's largest path. Widths do not depend on the data, so one batch is enough."""
-    few = make_loader(data.dataset, batch_size=data.batch_size, augment=data.augment)
+    few = Loader(data.dataset, batch_size=data.batch_size, augment=data.augment)
     batch = [next(iter(few))]
     net = SigmaBPruner(
         dense, example, calibration_data=batch, config=config.replace(kmeans_restarts=1)

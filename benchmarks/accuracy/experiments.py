@@ -20,7 +20,6 @@ from sigmab_plugin.data import (
     Subset,
     cifar_augment,
     digits,
-    make_loader,
     open_dataset,
     point_cloud_augment,
     split_validation,
@@ -45,13 +44,13 @@ class Experiment:
 
     def train_loader(self, *, batch_size: int, seed: int) -> Loader:
         """Augmented, in an order that every arm of one seed shares."""
-        return make_loader(
+        return Loader(
             self.train, batch_size=batch_size, shuffle=True, seed=seed, augment=self.augment, drop_last=True
         )
 
     def batches(self, dataset: Dataset, *, batch_size: int = 128) -> Loader:
         """As they are, in order."""
-        return make_loader(dataset, batch_size=batch_size, augment=self.select)
+        return Loader(dataset, batch_size=batch_size, augment=self.select)
 
     def example(self, count: int = 2) -> Any:
         """Inputs of ``count`` training samples, as the model takes them."""

@@ -8,9 +8,9 @@ import torch
 
 from sigmab_plugin.data import (
     ArrayDataset,
+    Loader,
     cifar_augment,
     digits,
-    make_loader,
     point_cloud_augment,
     split_validation,
 )
@@ -56,7 +56,7 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone(clouds: ArrayData
     augment = functools.partial(point_cloud_augment, jitter=0.01, dropout=0.5)
 
     def epoch(seed: int, number: int) -> list[torch.Tensor]:
-        loader = make_loader(clouds, batch_size=8, shuffle=True, seed=seed, augment=augment)
+        loader = Loader(clouds, batch_size=8, shuffle=True, seed=seed, augment=augment)
         loader.set_epoch(number)
         torch.rand(3)  # the global generator plays no part
         return [tensor for (pos, batch), labels in loader for tensor in (pos, batch, labels)]
@@ -71,16 +71,14 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone(clouds: ArrayData
 
 @pytest.mark.parametrize(("drop_last", "sizes"), [(False, [8, 8, 8, 6]), (True, [8, 8, 8])])
 def test_every_sample_once_per_epoch(clouds: ArrayDataset, drop_last: bool, sizes: list[int]) -> None:
-    loader = make_loader(clouds, batch_size=8, shuffle=True, seed=0, drop_last=drop_last)
+    loader = Loader(clouds, batch_size=8, shuffle=True, seed=0, drop_last=drop_last)
     assert len(loader) == len(sizes)
     assert [len(labels) for _, labels in loader] == sizes
     assert np.array_equal(np.sort(loader.order()), np.arange(30))
 
 
 def test_ranks_share_an_epoch_evenly(clouds: ArrayDataset) -> None:
-    loaders = [
-        make_loader(clouds, batch_size=4, shuffle=True, seed=0, rank=r, world_size=4) for r in range(4)
-    ]
+    loaders = [Loader(clouds, batch_size=4, shuffle=True, seed=0, rank=r, world_size=4) for r in range(4)]
     orders = [loader.order() for loader in loaders]
     assert {len(order) for order in orders} == {8}
     assert set(np.concatenate(orders).tolist()) == set(range(30))
@@ -125,8 +123,8 @@ def test_cloud_augmentation_keeps_sizes_and_bounds(clouds: ArrayDataset) -> None
 @pytest.mark.parametrize(
     "call",
     [
-        lambda d: make_loader(d, batch_size=0),
-        lambda d: make_loader(d, batch_size=2, rank=2, world_size=2),
+        lambda d: Loader(d, batch_size=0),
+        lambda d: Loader(d, batch_size=2, rank=2, world_size=2),
         lambda d: split_validation(d, fraction=1.0, seed=0),
         lambda d: split_validation(
             ArrayDataset(np.zeros((1, 2)), [0], ["a"], "features"), fraction=0.5, seed=0
@@ -145,4 +143,4 @@ def test_bad_arguments_are_refused(clouds: ArrayDataset, call) -> None:
 
 def test_an_empty_dataset_has_no_loader() -> None:
     with pytest.raises(ConfigError, match="empty"):
-        make_loader(ArrayDataset(np.zeros((0, 2)), [], ["a"], "features"), batch_size=2)
+        Loader(ArrayDataset(np.zeros((0, 2)), [], ["a"], "features"), batch_size=2)

@@ -66,7 +66,7 @@ class Digits:
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.train, self.validation, self.test = (
-            data.make_loader(data.digits(split), batch_size=64, shuffle=split == "train")
+            data.Loader(data.digits(split), batch_size=64, shuffle=split == "train")
             for split in ("train", "val", "test")
         )
         self.dense: nn.Module = DSCNN(10, width=24, blocks=4, input_size=(8, 8))

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     train, validation, test = _splits(plan, seed=args.seed)
 
     def loader(dataset: Dataset, *, shuffle: bool = False) -> Loader:
-        return data.make_loader(dataset, batch_size=values["batch_size"], shuffle=shuffle, seed=args.seed)
+        return data.Loader(dataset, batch_size=values["batch_size"], shuffle=shuffle, seed=args.seed)
 
     comparison = Comparison(
         model=model,

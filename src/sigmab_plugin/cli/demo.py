@@ -99,10 +99,10 @@ def train(args: argparse.Namespace, device: Any) -> list[Measured]:
     from .measure import Measured, example_of, say, shows_progress
 
     digits = data.digits("train")
-    batches = data.make_loader(digits, batch_size=64, shuffle=True, seed=args.seed)
-    test = data.make_loader(data.digits("test"), batch_size=256)
+    batches = data.Loader(digits, batch_size=64, shuffle=True, seed=args.seed)
+    test = data.Loader(data.digits("test"), batch_size=256)
     common: dict[str, Any] = {
-        "val_loader": data.make_loader(data.digits("val"), batch_size=256),
+        "val_loader": data.Loader(data.digits("val"), batch_size=256),
         "device": device,
         "progress": shows_progress(args),
         "seed": args.seed,
@@ -115,7 +115,7 @@ def train(args: argparse.Namespace, device: Any) -> list[Measured]:
 
     say(args, f"restructuring at {', '.join(LEVELS)}")
     example = example_of(digits, device)
-    calibration = [inputs.to(device) for inputs, _ in data.make_loader(digits, batch_size=256)]
+    calibration = [inputs.to(device) for inputs, _ in data.Loader(digits, batch_size=256)]
     options: dict[str, Any] = {"levels": list(LEVELS), "head": HEAD, "projection_dim": 32, "seed": args.seed}
     net = SigmaBPruner(dense, example, calibration_data=calibration, **options).step()
     twin = static_twin(dense, example, calibration_data=calibration, config=net.config)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import add_data_options, add_model_options, add_run_options, open_data, pick_device
+from .options import add_folder_options, open_data, pick_device
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -16,18 +16,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Evaluates a saved tree with hard routing on held-out data, beside the dense model (where its "
         "weights are known) and the static twin (where the folder has one).",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="what compress or finetune wrote")
     parser.add_argument(
         "--report", type=Path, metavar="FILE.html", help="write the HTML report, and its data as JSON"
     )
-    add_data_options(parser, required=True, split="test")
-    add_model_options(parser, required=False)
-    add_run_options(parser)
+    add_folder_options(parser, data_required=True, split="test")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..data import make_loader
+    from ..data import Loader
     from ..report import write_report
     from ..report.provenance import provenance
     from ..tuning import evaluate
@@ -40,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     data = open_data(args)
     example = example_of(data, device)
     check_fit(net, example, len(data.classes), args.data)
-    loader = make_loader(data, batch_size=args.batch_size)
+    loader = Loader(data, batch_size=args.batch_size)
     networks = []
     for name, role, module, log in (
         ("dense", "dense", open_dense(record, device), None),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .options import add_data_options, add_model_options, add_run_options, open_data, pick_device
+from .options import add_folder_options, open_data, pick_device
 
 if TYPE_CHECKING:
     from ..deploy import Manifest
@@ -21,7 +21,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Writes a saved tree for deployment: a bundle with one artefact per node, which "
         "sigmab_plugin.deploy.Runner runs reading only the path an input takes, or one file with nested branches.",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="what compress or finetune wrote")
     parser.add_argument(
         "--to", type=Path, required=True, metavar="PATH", help="directory of the bundle, or the single file"
     )
@@ -56,9 +55,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration-batches", type=int, default=8, metavar="N", help="batches used for int8 (default 8)"
     )
-    add_data_options(parser, required=False, split="train")
-    add_model_options(parser, required=False)
-    add_run_options(parser)
+    add_folder_options(parser, data_required=False, split="train")
     return parser
 
 
@@ -91,9 +88,9 @@ def run(args: argparse.Namespace) -> None:
             ) from error
         example = torch.randn(2, *shape)
     else:
-        from ..data import make_loader
+        from ..data import Loader
 
-        batches = make_loader(open_data(args), batch_size=args.batch_size)
+        batches = Loader(open_data(args), batch_size=args.batch_size)
         calibration = [batch[0] for batch in islice(batches, max(1, args.calibration_batches))]
         example = calibration[0]
         if torch.is_tensor(example):

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .options import (
-    add_data_options,
-    add_model_options,
-    add_run_options,
+    add_folder_options,
     open_data,
     positive,
     read_json,
@@ -31,11 +29,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "trained with the same steps. Several processes: torchrun --nproc-per-node N -m sigmab_plugin finetune ...",
         epilog="example: sigmab finetune runs/tree --data cifar100.zip --recipe cifar100 --distill 1 --out runs/tuned",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="what compress wrote")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="where the trained network is saved"
     )
-    add_data_options(parser, required=True, split="train")
+    add_folder_options(parser, data_required=True, split="train")
     group = parser.add_argument_group("training")
     group.add_argument(
         "--recipe",
@@ -62,8 +59,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--keep", choices=("last", "best"), default="last", help="epoch that is saved (default last)"
     )
     group.add_argument("--no-twin", action="store_true", help="leave a static twin untrained and behind")
-    add_model_options(parser, required=False)
-    add_run_options(parser)
     return parser
 
 
@@ -73,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, device: Any) -> None:
-    from ..data import Subset, make_loader
+    from ..data import Loader, Subset
     from ..report.provenance import provenance
     from ..tree import save
     from ..tuning import finetune, load_weights
@@ -94,7 +89,7 @@ def train(args: argparse.Namespace, device: Any) -> None:
     check_fit(net, example, len(samples.classes), args.data)
     twin = None if args.no_twin else open_twin(args.folder, record, net, example, device)
     size = max(1, args.batch_size // world_size())
-    batches = make_loader(
+    batches = Loader(
         samples,
         batch_size=size,
         shuffle=True,
@@ -107,7 +102,7 @@ def train(args: argparse.Namespace, device: Any) -> None:
     if validation is not None:
         # Every sample on exactly one rank: a padded share would count some twice.
         own = Subset(validation, range(rank(), len(validation), world_size()))
-        held_out = make_loader(own, batch_size=size)
+        held_out = Loader(own, batch_size=size)
     networks = [] if dense is None else [Measured("dense", "dense", dense)]
     for name, role, module, stem in (
         ("SigmaB", "sigmab", net, "log"),

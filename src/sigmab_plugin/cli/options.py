@@ -81,6 +81,14 @@ def add_data_options(parser: argparse.ArgumentParser, *, required: bool, split: 
     group.add_argument("--image-size", type=positive, metavar="N", help="resize and crop images to N x N")
 
 
+def add_folder_options(parser: argparse.ArgumentParser, *, data_required: bool, split: str) -> None:
+    """The folder of a saved network, data to run it on, what replaces its record of the dense model, how to run."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what compress or finetune wrote")
+    add_data_options(parser, required=data_required, split=split)
+    add_model_options(parser, required=False)
+    add_run_options(parser)
+
+
 def load_model(args: argparse.Namespace) -> nn.Module:
     """The dense model of ``--model`` with ``--weights``."""
     return build_model(args.model, parse_model_args(args.model_args), args.weights)

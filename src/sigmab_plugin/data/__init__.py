@@ -5,7 +5,7 @@ from __future__ import annotations
 from .augment import cifar_augment, point_cloud_augment
 from .dataset import ArrayDataset, Dataset, Subset, split_validation
 from .files import digits, open_dataset
-from .loader import Loader, make_loader
+from .loader import Loader
 
 __all__ = [
     "ArrayDataset",
@@ -14,7 +14,6 @@ __all__ = [
     "Subset",
     "cifar_augment",
     "digits",
-    "make_loader",
     "open_dataset",
     "point_cloud_augment",
     "split_validation",

@@ -20,6 +20,17 @@ class Loader:
 
     Iterating again without :meth:`set_epoch` repeats the epoch, so calibration passes see the same samples.
     With ``world_size`` > 1 each rank gets its share of every epoch's order, all of one length.
+
+    Args:
+        batch_size: samples per step.
+        shuffle: a new order each epoch (:meth:`set_epoch`).
+        seed: of order and augmentation.
+        augment: ``(inputs, generator) -> inputs`` on collated batches, see :mod:`sigmab_plugin.data.augment`.
+        drop_last: leave out an incomplete last batch.
+        rank, world_size: this process among several.
+
+    Raises:
+        ConfigError: an empty dataset, a batch size under 1, or a rank outside the world.
     """
 
     def __init__(
@@ -80,39 +91,3 @@ class Loader:
                 entropy = np.random.SeedSequence((self.seed, self.epoch, self.rank, step)).generate_state(1)
                 inputs = self.augment(inputs, torch.Generator().manual_seed(int(entropy[0])))
             yield inputs, labels
-
-
-def make_loader(
-    dataset: Dataset,
-    *,
-    batch_size: int,
-    shuffle: bool = False,
-    seed: int = 0,
-    augment: Augment | None = None,
-    drop_last: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Loader:
-    """A :class:`Loader` over ``dataset``.
-
-    Args:
-        batch_size: samples per step.
-        shuffle: a new order each epoch (:meth:`Loader.set_epoch`).
-        seed: of order and augmentation.
-        augment: ``(inputs, generator) -> inputs`` on collated batches, see :mod:`sigmab_plugin.data.augment`.
-        drop_last: leave out an incomplete last batch.
-        rank, world_size: this process among several.
-
-    Raises:
-        ConfigError: an empty dataset or a batch size under 1.
-    """
-    return Loader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        seed=seed,
-        augment=augment,
-        drop_last=drop_last,
-        rank=rank,
-        world_size=world_size,
-    )

@@ -138,7 +138,8 @@ def ball_query(
         raise ConfigError(f"{len(ptr) - 1} clouds of points but {len(centre_ptr) - 1} of centres")
     compiled = _compiled() if backend == "auto" and not repeat else None
     if compiled is not None:
-        return compiled[1](pos, centres, ptr, centre_ptr, batch, centre_batch, radius, max_neighbours)
+        edges = compiled[1](pos, centres, ptr, centre_ptr, batch, centre_batch, radius, max_neighbours)
+        return edges.flip(0)
     points, mask = pad(pos.detach(), ptr)
     queries, query_mask = pad(centres.detach(), centre_ptr)
     block = max(1, _BLOCK // (points.shape[1] * queries.shape[1]))
@@ -195,7 +196,10 @@ _Query = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], 
 
 @functools.lru_cache(maxsize=1)
 def _compiled() -> tuple[_Sample, _Query] | None:
-    """Compiled farthest point sampling and ball query, or None; which one is used is logged once."""
+    """Compiled farthest point sampling and ball query, or None; which one is used is logged once.
+
+    The query's rows are (centre, point), the other way round than :func:`ball_query`'s.
+    """
     if _importable("pyg_lib") and hasattr(torch.ops.pyg, "fps") and hasattr(torch.ops.pyg, "radius"):
         _log.info("point clouds: pyg-lib's compiled kernels are used")
         return _pyg_kernels(torch.ops.pyg)
@@ -207,45 +211,25 @@ def _compiled() -> tuple[_Sample, _Query] | None:
 
 
 def _pyg_kernels(ops: Any) -> tuple[_Sample, _Query]:
-    def sample(pos: Tensor, ptr: Tensor, batch: Tensor, ratio: float, random_start: bool) -> Tensor:
-        index: Tensor = ops.fps(pos, ptr, ratio, random_start)
-        return index
-
-    def query(
-        pos: Tensor,
-        centres: Tensor,
-        ptr: Tensor,
-        centre_ptr: Tensor,
-        batch: Tensor,
-        centre_batch: Tensor,
-        radius: float,
-        limit: int,
-    ) -> Tensor:
-        pairs: Tensor = ops.radius(pos, centres, ptr, centre_ptr, radius, limit, 1, False)
-        return pairs.flip(0)
-
-    return sample, query
+    """pyg-lib tells clouds apart by their offsets."""
+    return (
+        lambda pos, ptr, batch, ratio, random_start: ops.fps(pos, ptr, ratio, random_start),
+        lambda pos, centres, ptr, centre_ptr, batch, centre_batch, radius, limit: ops.radius(
+            pos, centres, ptr, centre_ptr, radius, limit, 1, False
+        ),
+    )
 
 
 def _cluster_kernels(cluster: Any) -> tuple[_Sample, _Query]:
-    def sample(pos: Tensor, ptr: Tensor, batch: Tensor, ratio: float, random_start: bool) -> Tensor:
-        index: Tensor = cluster.fps(pos, batch, ratio=ratio, random_start=random_start)
-        return index
-
-    def query(
-        pos: Tensor,
-        centres: Tensor,
-        ptr: Tensor,
-        centre_ptr: Tensor,
-        batch: Tensor,
-        centre_batch: Tensor,
-        radius: float,
-        limit: int,
-    ) -> Tensor:
-        pairs: Tensor = cluster.radius(pos, centres, radius, batch, centre_batch, max_num_neighbors=limit)
-        return pairs.flip(0)
-
-    return sample, query
+    """torch-cluster tells clouds apart by the cloud of each point."""
+    return (
+        lambda pos, ptr, batch, ratio, random_start: cluster.fps(
+            pos, batch, ratio=ratio, random_start=random_start
+        ),
+        lambda pos, centres, ptr, centre_ptr, batch, centre_batch, radius, limit: cluster.radius(
+            pos, centres, radius, batch, centre_batch, max_num_neighbors=limit
+        ),
+    )
 
 
 def _importable(name: str) -> bool:
