@@ -4,15 +4,15 @@ Needs a folder with ``checkpoints/kws_dscnn_mlperf.safetensors`` and ``kws_sc2_m
 words yes, no, up, down with the data set's speaker-disjoint split; the pretrained classifier's rows of these four
 words make the dense network. Training and calibration read split 0, choices split 1, the table split 2.
 
-    python benchmarks/compose.py --data FOLDER --output benchmarks/results/compose.json
+    python benchmarks/compose.py --data FOLDER --output benchmarks/results/compose.json --seeds 0 1 2
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +87,10 @@ def prepare(source: Path, work: Path, train_clips: int | None, seed: int) -> Non
     save_file(dense, str(work / "dense.safetensors"))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/cache/compose"))
-    parser.add_argument("--train-clips", type=int, help="clips to train on (default: all 12 440)")
-    parser.add_argument("--epochs", type=int, default=5, help="fine-tuning after each restructuring")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    prepare(arguments.data, arguments.work, arguments.train_clips, arguments.seed)
+def run(arguments: argparse.Namespace, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One seed of everything (clips that are drawn, k-means, heads, order of batches), and the config file."""
+    work = arguments.work / f"seed{seed}"
+    prepare(arguments.data, work, arguments.train_clips, seed)
     config = {
         "title": "Techniques on top of each other: DS-CNN, four keywords",
         "model": "sigmab_plugin.models.ds_cnn:DSCNN",
@@ -118,35 +110,90 @@ def main() -> int:
         },
         "runs": [{"name": name, "compression": sections} for name, sections in RUNS.items()],
     }
-    file = arguments.work / "many.json"
+    file, out = work / "many.json", work / "out"
     file.write_text(json.dumps(config, indent=1) + "\n")
-    out = arguments.work / "out"
-    start = time.time()
-    words = [
-        "compare",
-        "--config",
-        str(file),
-        "--out",
-        str(out),
-        "--threads",
-        "1",
-        "--seed",
-        str(arguments.seed),
-    ]
-    code = sigmab(words)
+    code = sigmab(
+        ["compare", "--config", str(file), "--out", str(out), "--threads", "1", "--seed", str(seed)]
+    )
     if code:
-        return code
+        raise SystemExit(code)
+    finished = [json.loads(path.read_text()) for path in (out / "rows").iterdir()]
+    extra = {row["row"]["name"]: row for row in finished}
     report = json.loads((out / "report.json").read_text())
+    rows = [
+        {
+            **row,
+            **{key: extra[row["name"]][key] for key in ("validation_accuracy", "leaf_shares", "seconds")},
+        }
+        for row in report["rows"]
+    ]
+    result = {"seed": seed, "rows": rows, **{key: report[key] for key in ("facts", "provenance", "notes")}}
+    return result, config
+
+
+def combined(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of all seeds: mean and standard deviation of the accuracy, means of the rest."""
+    result = {"name": rows[0]["name"], "role": rows[0]["role"]}
+    for key in ("active_bytes", "stored_bytes", "active_macs", "active_parameters", "stored_parameters"):
+        result[key] = round(statistics.fmean(row[key] for row in rows))
+    accuracies = [row["accuracy"] for row in rows]
+    result["accuracy"] = statistics.fmean(accuracies)
+    result["accuracy_sd"] = statistics.stdev(accuracies) if len(rows) > 1 else None
+    shares = [row["leaf_shares"] for row in rows]
+    result["leaves"] = len(shares[0])
+    result["leaves_used"] = statistics.fmean(sum(share >= 0.01 for share in leaves) for leaves in shares)
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; the leaf column counts leaves that at least 1 % of the test clips reach."""
+    lines = [
+        "| | accuracy, % | active kB | stored kB | MACs | leaves in use |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        deviation = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.2f}"
+        cells = [
+            row["name"].replace("->", "→"),
+            f"{100 * row['accuracy']:.2f}{deviation}",
+            f"{row['active_bytes'] / 1000:.1f}",
+            f"{row['stored_bytes'] / 1000:.1f}",
+            f"{row['active_macs'] / 1e6:.2f} M",
+            f"{row['leaves_used']:.1f} of {row['leaves']}" if row["leaves"] else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/cache/compose"))
+    parser.add_argument("--train-clips", type=int, help="clips to train on (default: all 12 440)")
+    parser.add_argument("--epochs", type=int, default=5, help="fine-tuning after each restructuring")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    arguments = parser.parse_args()
+    parts = []
+    for seed in arguments.seeds:
+        part, config = run(arguments, seed)
+        parts.append(part)
+    rows = [combined(list(cells)) for cells in zip(*(part["rows"] for part in parts), strict=True)]
     content = {
         "benchmark": "compose",
         "command": "python " + " ".join(sys.argv).replace(str(arguments.data), "FOLDER"),
         "data": "yes, no, up, down of Speech Commands v2, speakers disjoint across splits; accuracy on test",
-        "seconds_of_last_call": round(time.time() - start, 1),
+        "seeds": arguments.seeds,
         "config": config,
-        **{key: report[key] for key in ("rows", "facts", "provenance", "notes")},
+        "rows": rows,
+        "table": table(rows),
+        "per_seed": parts,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+    print(content["table"])
     return 0
 
 

@@ -74,11 +74,8 @@ def collect_groups(
     import torch_pruning as tp
 
     check_not_shared(tail)
-    copied = copy.deepcopy(nn.ModuleList(tail))
+    copied = _copy_sharing_weights(nn.ModuleList(tail))
     originals: dict[Any, Any] = dict(zip(_everything(nn.ModuleList(tail)), _everything(copied), strict=True))
-    for source, target in originals.items():
-        if isinstance(source, nn.Parameter) and source.grad is not None:
-            target.grad = source.grad.detach().clone()
     with _traceable(copied), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
         detached = tuple(v.detach() if torch.is_tensor(v) else v for v in as_tuple(frontier))
@@ -108,6 +105,16 @@ def collect_groups(
         reader = _Reader(graph, chain, ignored, Prober(dict(customized_pruners or {})))
         groups, scores = reader.read(roots, importance)
     return CollectedGroups(groups, scores, reader.prober if reader.prober.used else None)
+
+
+def _copy_sharing_weights(modules: nn.ModuleList) -> nn.ModuleList:
+    """A copy to hang hooks and anchors on; weights and gradients are only read, so they are not copied."""
+    memo: dict[int, Any] = {}
+    for parameter in modules.parameters():
+        shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        shared.grad = parameter.grad
+        memo[id(parameter)] = shared
+    return copy.deepcopy(modules, memo)
 
 
 class _Reader:
