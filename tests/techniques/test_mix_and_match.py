@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,22 @@ def test_roles_of_a_vision_transformer() -> None:
     assert not {"class_token", "positions"} & roles.keys()
 
 
+@pytest.mark.slow
+def test_roles_of_swin_tiny() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(num_labels=100))
+    layers = find_layers(model, torch.randn(1, 3, 224, 224))
+    counts = Counter(layer.role for layer in layers)
+    # 12 blocks of query, key, value, output (and a bias table each), two linear layers; three mergings.
+    assert counts["patch_embedding"] == counts["classifier"] == 1
+    assert counts["attention"] == 12 * 4
+    assert counts["feature"] == 12 * 2 + 3
+    assert counts["normalization"] == 12 * 2 + 3 + 2
+    assert sum(layer.parameters for layer in layers) == pytest.approx(27.6e6, rel=0.01)
+
+
 @pytest.mark.slow  # transformers takes seconds to import
-def test_roles_of_swin() -> None:
+def test_roles_and_ranges_of_a_small_swin() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.SwinConfig(
         image_size=16,

@@ -75,7 +75,10 @@ class MixAndMatchConfig(TechniqueConfig):
         enum=("channels", "parameters"),
     )
     workers: int = option(
-        1, "runs at a time (threads); with more than one, dropout is not reproducible", minimum=1
+        1,
+        "runs at a time (threads); 0: one for every core that the process may use; with more than one, dropout is not "
+        "reproducible",
+        minimum=0,
     )
     seed: int = option(0, "seed of every run's fine-tuning", minimum=0)
 

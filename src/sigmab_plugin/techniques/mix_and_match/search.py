@@ -92,7 +92,7 @@ def search(
         model: trained; left as it was.
         example_inputs: one batch, to find the layers' roles.
         validate: score of a module on a *validation* split, higher is better; never the test split, or the
-            choice among 30 runs flatters the result. Called from several threads with ``config.workers`` > 1.
+            choice among 30 runs flatters the result. Called from several threads where ``config.workers`` is not 1.
         train_data: re-iterable of ``(inputs, targets)`` for masked fine-tuning.
         calibration_data: ``(inputs, targets)`` for ranges and scores; by default a share of ``train_data``.
         prune: structured pruning instead of masks, e.g. through ``structured_ratios``; then each strategy
@@ -120,6 +120,7 @@ def search(
     dense = float(validate(copy.deepcopy(model).eval()))
     trial = _Trial(model, config, sensitivity, validate, train_data, loss_fn, prune)
     best = _Best(config, dense, store)
+    workers = config.workers or usable_cores()
     scores = (STRUCTURED,) if prune is not None else config.scores
     first_of: dict[tuple[Any, ...], str] = {}
     plans: list[tuple[str, str, dict[str, float]]] = []
@@ -137,7 +138,7 @@ def search(
         if done is not None:
             best.known(done)
             return done
-        run, net, masks = trial.run(*plan, seeded=config.workers == 1)
+        run, net, masks = trial.run(*plan, seeded=workers == 1)
         logger.info(
             "mix_and_match: %s: sparsity %.3f, validation %.4f", run.key, run.sparsity, run.validation
         )
@@ -145,10 +146,10 @@ def search(
         store.write(run)
         return run
 
-    if config.workers == 1:
+    if workers == 1:
         runs = [work(plan) for plan in plans]
     else:
-        with ThreadPoolExecutor(config.workers) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             runs = list(pool.map(work, plans))
     by_key = {run.key: run for run in runs}
     for score, strategy, same in repeated:
@@ -159,6 +160,13 @@ def search(
     result = SearchResult(dense, ranges, rank(runs), chosen, net, masks)
     store.finish(result)
     return result
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
