@@ -1,12 +1,13 @@
 """Deployment table in one run: bytes, memory and latency of dense, pruned and SigmaB networks.
 
-    python benchmarks/deploy.py --cache /tmp/deploy --out benchmarks/results/deploy.json
+    python benchmarks/deploy.py --cache /tmp/deploy --out benchmarks/results/deploy.json --images FOLDER
 
 Variants are timed in turn, round after round, so that what else the machine does falls on all of them; medians
 and ratios are of one run. Processor time is printed beside wall time: on a busy machine it says more (with
-``--threads 1``, where no thread spins for another). Weights are random (see ``deploy_networks``). Streamed rows
-read every weight of the path for every inference over a bus of limited rate; "predicted" is bytes / rate + the
-warm latency.
+``--threads 1``, where no thread spins for another). Weights are random, except where answers are compared.
+Streamed rows read every weight of the path for every inference over a bus of limited rate; "predicted" is
+bytes / rate + the warm latency. The JSON is written after each group of rows; the same command goes on where a
+killed one stopped (``--fresh`` starts anew). ``--prepare`` only exports, which takes far longer than the table.
 """
 
 from __future__ import annotations
@@ -16,345 +17,322 @@ import json
 import logging
 import os
 import platform
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from deploy_networks import CASES, Case, prepare
-from sigmab_plugin.deploy import Runner, read_manifest
-from sigmab_plugin.deploy.tracing import quantile
+from deploy_agreement import Images, agreement
+from deploy_networks import CASES, Case, balance, dense_model, prepare, sigmab_net
+from deploy_points import NAME as POINTS
+from deploy_points import Points, clouds, prepare_points
+from deploy_timing import (
+    BACKENDS,
+    RATES,
+    Limits,
+    Row,
+    Setup,
+    resident_bytes,
+    row,
+    show,
+    streamed_rows,
+    timed,
+    warm_rows,
+)
+from sigmab_plugin.deploy import Runner, export
+from sigmab_plugin.errors import SigmaBError
+from sigmab_plugin.models import cifar_resnet50
 
 _log = logging.getLogger("deploy")
 
-BACKENDS = {"onnxruntime": "onnx", "openvino": "openvino", "torch": "torch"}
-RATES = {"50 MB/s": 50e6, "500 MB/s": 500e6, "2 GB/s": 2e9}
-Row = dict[str, Any]
+PARTS = ("table", "residency", "agreement")
+VERSIONS = ("torch", "onnxruntime", "openvino", "executorch", "torch-pruning", "torch-geometric")
 
 
-Times = list[tuple[float, float]]
+class Record:
+    """The JSON file: groups of rows by key, written after each."""
+
+    def __init__(self, file: Path, *, fresh: bool) -> None:
+        self.file = file
+        self.body: dict[str, Any] = {"machine": {}, "counts": {}, "rows": [], "memory": [], "agreement": []}
+        if file.exists() and not fresh:
+            self.body.update(json.loads(file.read_text()))
+
+    def rows(self, **wanted: str) -> list[Row]:
+        return [r for r in self.body["rows"] if all(r[key] == value for key, value in wanted.items())]
+
+    def group(self, case: str, backend: str, mode: str, make: Callable[[], list[Row]]) -> None:
+        """Run ``make`` unless its rows are there; a :class:`SigmaBError` becomes a row that says why."""
+        if self.rows(case=case, backend=backend, mode=mode):
+            return
+        begin = time.perf_counter()
+        try:
+            found = make()
+        except SigmaBError as error:
+            note = str(error).partition("\n")[0]
+            found = [{"case": case, "backend": backend, "variant": "all", "mode": mode, "note": note}]
+        show(found)
+        _log.info("%s %s %s: %.0f s", case, backend, mode, time.perf_counter() - begin)
+        self.body["rows"].extend(found)
+        self.write()
+
+    def write(self) -> None:
+        self.body["goals"] = goals(self.body)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.body, indent=1) + "\n")
+        partial.replace(self.file)
 
 
-def timed(
-    variants: dict[str, Callable[[np.ndarray], Any]], inputs: np.ndarray, rounds: int
-) -> dict[str, Times]:
-    """(Wall, processor) seconds of each variant, interleaved; the order changes from round to round."""
-    times: dict[str, Times] = {name: [] for name in variants}
-    order = list(variants)
-    for number in range(rounds):
-        x = inputs[number % len(inputs)][None]
-        for name in order[number % len(order) :] + order[: number % len(order)]:
-            begin, busy = time.perf_counter(), time.process_time()
-            variants[name](x)
-            times[name].append((time.perf_counter() - begin, time.process_time() - busy))
-    return times
+def importable(backends: Sequence[str]) -> list[str]:
+    """Those whose export and runtime are installed."""
+    found = []
+    for backend in backends:
+        try:
+            __import__({"openvino": "openvino", "executorch": "executorch.runtime"}.get(backend, "torch"))
+        except ImportError:
+            continue
+        found.append(backend)
+    return found
 
 
-def single_file(directory: Path, backend: str, threads: int) -> Callable[[np.ndarray], Any]:
-    if backend == "onnxruntime":
-        import onnxruntime as ort
+def image_rows(case: Case, record: Record, args: argparse.Namespace) -> None:
+    usable = importable(args.backends)
+    formats = list(dict.fromkeys(BACKENDS[b] for b in usable))
+    record.body["counts"][case.name] = prepare(case, args.cache, formats)
+    inputs = list(np.random.default_rng(0).standard_normal((32, 1, *case.shape), np.float32))
+    for backend in args.backends:
+        setup = Setup(case.name, args.cache / case.name, backend, inputs, args.threads)
+        if args.prepare:
+            if backend == "torch-compiled":  # fills the compiler's cache
+                show(warm_rows(setup, Limits(1, 0, fewest=1)))
+            continue
+        table(setup, record, args, streamed=backend != "torch-compiled")
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        session = ort.InferenceSession(
-            str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"]
+
+def table(setup: Setup, record: Record, args: argparse.Namespace, *, streamed: bool) -> None:
+    """Warm rows, then a group per rate, of one network on one backend."""
+    limits = Limits(args.rounds, args.seconds)
+    case, backend = setup.case, setup.backend
+    record.group(case, backend, "warm", lambda: warm_rows(setup, limits))
+    warm = record.rows(case=case, backend=backend, mode="warm")
+    if not streamed or "note" in warm[0]:
+        return
+    for label in RATES:
+        record.group(
+            case, backend, f"streamed, {label}", lambda label=label: streamed_rows(setup, label, limits, warm)
         )
-        return lambda x: session.run(None, {"input": x})
-    import openvino as ov
-
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": threads,
-    }
-    compiled = ov.Core().compile_model(str(directory / "model.xml"), "CPU", settings)
-    return lambda x: compiled([x])
 
 
-def io_bytes() -> int:
-    """Bytes that this process had the storage deliver."""
-    return int(re.findall(r"read_bytes: (\d+)", Path("/proc/self/io").read_text())[0])
+def point_rows(record: Record, args: argparse.Namespace) -> None:
+    formats = tuple(dict.fromkeys(BACKENDS[b] for b in importable(args.backends)))
+    points = prepare_points(args.cache, formats)
+    record.body["counts"][POINTS] = points.counts
+    if args.prepare:
+        print(json.dumps({"whole": points.whole, "tails": points.tails}, indent=1))
+        return
+    inputs = [clouds(1, 10 + seed) for seed in range(16)]
+    for backend in args.backends:
+        form = BACKENDS[backend]
+        if backend.startswith("torch"):
+            compiled = backend == "torch-compiled"
+            record.group(POINTS, backend, "warm", lambda c=compiled: whole_points(points, inputs, args, c))
+            if form in points.whole:
+                note(record, backend, "split form", points.whole[form])
+            continue
+        if form in points.whole:
+            note(record, backend, "whole", points.whole[form])
+        if form in points.tails:
+            note(record, backend, "tails", points.tails[form])
+            continue
+        setup = Setup(POINTS, args.cache / POINTS, backend, inputs, args.threads, points.backbones)
+        table(setup, record, args, streamed=True)
 
 
-def resident_bytes() -> int:
-    return 1024 * int(re.findall(r"^Rss:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[0])
-
-
-@contextmanager
-def runners(stack_of: dict[str, dict[str, Any]]) -> Iterator[dict[str, Runner]]:
-    with ExitStack() as stack:
-        yield {name: stack.enter_context(Runner(**options)) for name, options in stack_of.items()}
-
-
-def warm_rows(
-    case: Case, root: Path, backend: str, inputs: np.ndarray, args: argparse.Namespace
-) -> list[Row]:
-    form = BACKENDS[backend]
-    kinds = ("dense", "pruned", "sigmab")
-    options = {
-        k: {"directory": root / f"{k}-{form}", "backend": backend, "threads": args.threads} for k in kinds
-    }
-    with runners(options) as opened:
-        variants: dict[str, Callable[[np.ndarray], Any]] = dict(opened)
-        if form != "torch":
-            variants["sigmab, single file"] = single_file(root / f"single-{form}", backend, args.threads)
+def whole_points(points: Points, inputs: list[Any], args: argparse.Namespace, compiled: bool) -> list[Row]:
+    """The networks themselves in torch, hard routing."""
+    variants: dict[str, Callable[[Any], Any]] = {}
+    for name, model in (("dense", points.dense), ("pruned", points.pruned), ("sigmab", points.net)):
+        called = torch.compile(model) if compiled else model
+        variants[name] = lambda x, called=called: called(*x)
+    with torch.inference_mode():
         for name, variant in variants.items():
-            if name in opened:
-                opened[name].warm()
-            for x in inputs[:8]:
-                variant(x[None])
-        times = timed(variants, inputs, args.rounds)
-    return [_row(case, backend, name, "warm", t, times["dense"]) for name, t in times.items()]
+            for x in inputs[: 16 if compiled and name == "sigmab" else 2]:
+                try:
+                    variant(x)
+                except Exception as error:  # whatever the compiler raises is the row's note
+                    raise SigmaBError(f"{name}: {type(error).__name__}: {str(error).strip()}") from error
+        times = timed(variants, inputs, Limits(args.rounds, args.seconds))
+    backend = "torch-compiled" if compiled else "torch"
+    return [row(POINTS, backend, name, "warm", t, times["dense"]) for name, t in times.items()]
 
 
-def streamed_rows(
-    case: Case, root: Path, backend: str, inputs: np.ndarray, args: argparse.Namespace, known: Sequence[Row]
-) -> list[Row]:
-    """Every inference reads its path; ``known`` are the warm rows, for the prediction."""
-    form = BACKENDS[backend]
-    rows = []
-    warm = {row["variant"]: row["median_s"] for row in known}
-    for label, rate in RATES.items():
-        # The disk here is no faster than the third rate: its reads come from the page cache, and sha256,
-        # which alone takes longer, is off for all variants.
-        fast = rate > 1e9
-        common = {
-            "backend": backend,
-            "threads": args.threads,
-            "bandwidth": rate,
-            "retain": False,
-            "io": "cached" if fast else "auto",
-            "verify": not fast,
-        }
-        options: dict[str, dict[str, Any]] = {
-            "dense": {"directory": root / f"dense-{form}"},
-            "dense, prefetch": {"directory": root / f"dense-links-{form}", "prefetch": "both"},
-            "pruned": {"directory": root / f"pruned-{form}"},
-            "sigmab": {"directory": root / f"sigmab-{form}"},
-            "sigmab, prefetch both": {"directory": root / f"sigmab-{form}", "prefetch": "both"},
-            "sigmab, prefetch likely": {"directory": root / f"sigmab-{form}", "prefetch": "likely"},
-        }
-        with runners({name: {**common, **own} for name, own in options.items()}) as opened:
-            for x in inputs[:4]:
-                for runner in opened.values():
-                    runner(x[None])
-            for runner in opened.values():
-                runner.reset_statistics()
-            rounds = max(5, args.rounds // (4 if rate < 1e8 else 1))
-            times = timed(dict(opened), inputs, rounds)
-            counted = {name: runner.statistics().bytes_per_inference for name, runner in opened.items()}
-            from_os = {}
-            for name, runner in opened.items():
-                before = io_bytes()
-                for x in inputs[:3]:
-                    runner(x[None])
-                from_os[name] = (io_bytes() - before) / 3
-        for name, own_times in times.items():
-            row = _row(case, backend, name, f"streamed, {label}", own_times, times["dense"])
-            base = name.partition(",")[0]
-            row.update(
-                bytes=counted[name],
-                bytes_from_os=None if fast else from_os[name],
-                predicted_s=counted[name] / rate + warm[base],
-            )
-            rows.append(row)
-    return rows
+def note(record: Record, backend: str, mode: str, reason: str) -> None:
+    def refuse() -> list[Row]:
+        raise SigmaBError(reason)
+
+    record.group(POINTS, backend, mode, refuse)
 
 
-def _row(case: Case, backend: str, name: str, mode: str, times: Times, dense_times: Times) -> Row:
-    (seconds, busy), (dense, dense_busy) = zip(*times, strict=True), zip(*dense_times, strict=True)
-    return {
-        "case": case.name,
-        "backend": backend,
-        "variant": name,
-        "mode": mode,
-        "rounds": len(seconds),
-        "median_s": float(np.median(seconds)),
-        "min_s": float(min(seconds)),
-        "p95_s": quantile(seconds, 0.95),
-        "ratio": float(np.median(seconds) / np.median(dense)),
-        "ratio_of_minima": float(min(seconds) / min(dense)),
-        "processor_s": float(np.median(busy)),
-        "ratio_of_processor": float(np.median(busy) / np.median(dense_busy)),
-    }
-
-
-def residency(case: Case, root: Path, args: argparse.Namespace) -> Row:
+def residency(args: argparse.Namespace) -> Row:
     """Memory over many random inputs inside a budget, as the runner counts it and as the system sees it."""
-    directory = root / "sigmab-onnx"
-    manifest = read_manifest(directory)
-    budget = int(1.5 * max(manifest.path_bytes().values()))
+    case = Case(
+        "resnet50-32",
+        lambda: cifar_resnet50(100, width=args.residency_width),
+        CASES["resnet50-32"].shape,
+        CASES["resnet50-32"].calibration_shape,
+    )
+    directory = args.cache / f"residency-{args.residency_width}"
+    if not directory.exists():
+        net = sigmab_net(case, dense_model(case))
+        balance(net, torch.randn(256, *case.shape, generator=torch.Generator().manual_seed(3)))
+        export(net, torch.randn(2, *case.shape), directory, format="onnx", layout="native")
     rng = np.random.default_rng(0)
+    began = time.perf_counter()
+    with Runner(directory, backend="onnxruntime", threads=1) as runner:
+        budget = int(1.5 * max(runner.manifest.path_bytes().values()))
     with Runner(directory, backend="onnxruntime", budget_bytes=budget, threads=1) as runner:
         for _ in range(64):  # every session built, every scratch buffer allocated
             runner(rng.standard_normal((1, *case.shape), np.float32))
         runner.drop()
         empty = resident_bytes()
         runner.reset_statistics()
-        highest = 0
+        grown = []
         for number in range(args.residency):
             runner(rng.standard_normal((1, *case.shape), np.float32))
             if number % 10 == 0:
-                highest = max(highest, resident_bytes() - empty)
+                grown.append(resident_bytes() - empty)
         stats = runner.statistics()
     return {
         "case": case.name,
+        "width": args.residency_width,
         "inferences": args.residency,
+        "seconds": time.perf_counter() - began,
         "budget": budget,
         "peak_counted": stats.peak_resident_bytes,
-        "peak_rss_growth": highest,
-        "rss_to_budget": highest / budget,
+        "peak_rss_growth": max(grown),
+        "median_rss_growth": float(np.median(grown)),
+        "counted_to_budget": stats.peak_resident_bytes / budget,
+        "rss_to_budget": max(grown) / budget,
         "switch_rate": stats.switch_rate,
+        "evictions": stats.evictions,
+        "leaf_counts": stats.leaf_counts,
         "bytes_per_inference": stats.bytes_per_inference,
         "latency_s": [stats.latency_p50, stats.latency_p95, stats.latency_p99],
     }
 
 
-def agreement(case: Case, root: Path, images: np.ndarray, args: argparse.Namespace) -> list[Row]:
-    """Largest difference of logits from torch's on real images, and whether every one took the same path."""
-    with Runner(root / "sigmab-torch", backend="torch", threads=args.threads) as reference:
-        wanted = [reference.run(batch) for batch in np.split(images, len(images) // 50)]
-    rows = []
-    for backend in args.backends:
-        with Runner(root / f"sigmab-{BACKENDS[backend]}", backend=backend, threads=args.threads) as runner:
-            got = [runner.run(batch) for batch in np.split(images, len(images) // 50)]
-        rows.append(
-            {
-                "case": case.name,
-                "backend": backend,
-                "images": len(images),
-                "difference": max(
-                    float(np.abs(a.logits - b.logits).max()) for a, b in zip(got, wanted, strict=True)
-                ),
-                "largest_logit": max(float(np.abs(b.logits).max()) for b in wanted),
-                "same_path": float(
-                    np.mean([(a.leaves == b.leaves).mean() for a, b in zip(got, wanted, strict=True)])
-                ),
-                "leaf_counts": np.bincount(np.concatenate([b.leaves for b in wanted])).tolist(),
-            }
-        )
-    return rows
-
-
-def real_images(path: Path, count: int) -> np.ndarray:
-    """``count`` images of a data set's test split, scaled to zero mean and unit variance."""
-    from sigmab_plugin.data import Loader, open_dataset
-
-    batch = next(iter(Loader(open_dataset(path, split="test"), batch_size=count)))[0].numpy()
-    scaled: np.ndarray = ((batch - batch.mean()) / batch.std()).astype(np.float32)
-    return scaled
-
-
-def goals(rows: Sequence[Row], memory: Sequence[Row], counts: dict[str, Any]) -> list[Row]:
+def goals(body: dict[str, Any]) -> list[Row]:
     """Each goal beside what was measured, met or not."""
-    found = []
+    found: list[Row] = []
 
     def goal(what: str, case: str, measured: float, limit: float) -> None:
         found.append(
             {"goal": what, "case": case, "measured": measured, "limit": limit, "met": measured <= limit}
         )
 
-    for row in rows:
-        where = f"{row['case']}, {row['backend']}"
-        if row["variant"] == "sigmab":
-            if row["mode"] == "warm":
-                goal("warm, split form / dense", where, row["ratio"], 0.75)
-                goal("warm, split form / dense, processor time", where, row["ratio_of_processor"], 0.75)
+    for r in body["rows"]:
+        if "note" in r:
+            continue
+        where = f"{r['case']}, {r['backend']}"
+        if r["variant"] == "sigmab":
+            if r["mode"] == "warm":
+                goal("warm, split form / dense", where, r["ratio"], 0.75)
+                goal("warm, split form / dense, processor time", where, r["ratio_of_processor"], 0.75)
             else:
-                active = 4 * counts[row["case"]]["sigmab"]["parameters"]
-                goal(
-                    f"bytes read / active parameter bytes, {row['mode']}", where, row["bytes"] / active, 1.02
-                )
-        if row["mode"] == "streamed, 500 MB/s" and row["variant"] == "sigmab":
-            goal("streamed at 500 MB/s / dense", where, row["ratio"], 0.45)
-        if row["mode"] == "streamed, 500 MB/s" and row["variant"].startswith("sigmab, prefetch"):
-            goal(f"streamed at 500 MB/s with {row['variant'][8:]} / dense", where, row["ratio"], 0.42)
-    for row in memory:
-        goal("resident / budget", row["case"], row["rss_to_budget"], 1.05)
+                counts = body["counts"][r["case"]]["sigmab"]
+                # A backbone outside the bundle is never read.
+                active = 4 * (counts["parameters"] - counts.get("backbone", 0))
+                goal(f"bytes read / active parameter bytes, {r['mode']}", where, r["bytes"] / active, 1.02)
+        if r["mode"] == "streamed, 500 MB/s":
+            if r["variant"] == "sigmab":
+                goal("streamed at 500 MB/s / dense", where, r["ratio"], 0.45)
+            elif r["variant"].startswith("sigmab, prefetch"):
+                goal(f"streamed at 500 MB/s with {r['variant'][8:]} / dense", where, r["ratio"], 0.42)
+    for r in body["memory"]:
+        goal("resident / budget", r["case"], r["rss_to_budget"], 1.05)
+    for r in body["agreement"]:
+        if "note" not in r:
+            goal("largest difference from torch", f"{r['case']}, {r['backend']}", r["difference"], 1e-4)
     return found
 
 
-def show(rows: Sequence[Row]) -> None:
-    for row in rows:
-        extra = ""
-        if "bytes" in row:
-            seen = "" if row["bytes_from_os"] is None else f" (system {row['bytes_from_os'] / 1e6:.2f})"
-            extra = f"  {row['bytes'] / 1e6:7.2f} MB{seen}  predicted {row['predicted_s'] * 1e3:.1f} ms"
-        print(
-            f"{row['case']:13} {row['backend']:11} {row['mode']:19} {row['variant']:24} "
-            f"{row['median_s'] * 1e3:8.2f} ms (min {row['min_s'] * 1e3:.2f})  {row['ratio']:.3f} of dense "
-            f"({row['ratio_of_minima']:.3f} of minima, {row['ratio_of_processor']:.3f} of processor time){extra}",
-            flush=True,
-        )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, required=True, help="where exported bundles are kept")
-    parser.add_argument("--out", type=Path, required=True, help="JSON with all figures")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=list(BACKENDS))
-    parser.add_argument("--rounds", type=int, default=40, help="timings of each variant")
-    parser.add_argument(
-        "--images", type=Path, help="data set of 32x32 images: compare 1 000 with torch's answers"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--residency", type=int, default=10_000, help="inferences inside a budget (0: skip)")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
-    _log.setLevel(logging.INFO)
-    torch.set_num_threads(args.threads)
-    rows: list[Row] = []
-    memory: list[Row] = []
-    counts: dict[str, Any] = {}
-    for name in args.cases:
-        case, root = CASES[name], args.cache / name
-        counts[name] = prepare(case, args.cache, [BACKENDS[b] for b in args.backends])
-        print(name, json.dumps(counts[name]))
-        inputs = np.random.default_rng(0).standard_normal((32, *case.shape), np.float32)
-        for backend in args.backends:
-            warm = warm_rows(case, root, backend, inputs, args)
-            show(warm)
-            streamed = streamed_rows(case, root, backend, inputs, args, warm)
-            show(streamed)
-            rows.extend([*warm, *streamed])
-    if args.residency and "resnet50-32" in args.cases and "onnxruntime" in args.backends:
-        memory.append(residency(CASES["resnet50-32"], args.cache / "resnet50-32", args))
-        print(json.dumps(memory[-1]))
-    agreements: list[Row] = []
-    if args.images and "resnet50-32" in args.cases:
-        images = real_images(args.images, 1000)
-        agreements = agreement(CASES["resnet50-32"], args.cache / "resnet50-32", images, args)
-        print(json.dumps(agreements, indent=1))
-    found = goals(rows, memory, counts)
-    for entry in found:
-        word = "met" if entry["met"] else "NOT met"
-        print(f"{entry['measured']:.3f} (goal {entry['limit']}) {word}: {entry['goal']} [{entry['case']}]")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    machine = {
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    versions = {}
+    for package in VERSIONS:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": args.threads,
         "load_average": list(os.getloadavg()),
-        "versions": {p: version(p) for p in ("torch", "onnxruntime", "openvino", "torch-pruning")},
-        "weights": "random",
+        "versions": versions,
+        "rounds": args.rounds,
+        "seconds": args.seconds,
     }
-    body = {
-        "machine": machine,
-        "counts": counts,
-        "rows": rows,
-        "memory": memory,
-        "agreement": agreements,
-        "goals": found,
-    }
-    args.out.write_text(json.dumps(body, indent=1))
+
+
+def parser() -> argparse.ArgumentParser:
+    names = [*CASES, POINTS]
+    result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    result.add_argument("--cache", type=Path, required=True, help="where exported bundles are kept")
+    result.add_argument("--out", type=Path, required=True, help="JSON with all figures")
+    result.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    result.add_argument("--cases", nargs="+", default=names, choices=names)
+    result.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=list(BACKENDS))
+    result.add_argument("--rounds", type=int, default=40, help="timings of each variant, at most")
+    result.add_argument(
+        "--seconds", type=float, default=8.0, help="a group of rows ends after this (3 rounds at least)"
+    )
+    result.add_argument("--threads", type=int, default=2)
+    result.add_argument("--residency", type=int, default=10_000, help="inferences inside a budget")
+    result.add_argument("--residency-width", type=float, default=0.5, help="width of the network for it")
+    result.add_argument("--images", type=Path, help="32x32 images: 1 000 answers are compared with torch's")
+    result.add_argument("--weights", type=Path, help="trained cifar_resnet50 for --images (safetensors)")
+    result.add_argument("--width", type=float, default=1.0, help="its width")
+    result.add_argument(
+        "--prepare", action="store_true", help="export and compile what is missing, then stop"
+    )
+    result.add_argument("--fresh", action="store_true", help="forget the rows that --out holds already")
+    return result
+
+
+def main() -> None:
+    args = parser().parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    _log.setLevel(logging.INFO)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(args.cache / "inductor"))
+    torch.set_num_threads(args.threads)
+    record = Record(args.out, fresh=args.fresh)
+    record.body["machine"] = machine(args)
+    if "table" in args.parts:
+        for name in args.cases:
+            if name == POINTS:
+                point_rows(record, args)
+            else:
+                image_rows(CASES[name], record, args)
+    if args.prepare:
+        return
+    if "residency" in args.parts and args.residency and not record.body["memory"]:
+        record.body["memory"] = [residency(args)]
+        print(json.dumps(record.body["memory"][0]))
+        record.write()
+    if "agreement" in args.parts and args.images and not record.body["agreement"]:
+        images = Images(args.images, args.weights, args.width)
+        record.body["agreement"] = agreement(images, args.cache, args.backends, args.threads)
+        print(json.dumps(record.body["agreement"], indent=1))
+        record.write()
+    record.write()
+    for entry in record.body["goals"]:
+        word = "met" if entry["met"] else "NOT met"
+        print(f"{entry['measured']:.3g} (goal {entry['limit']}) {word}: {entry['goal']} [{entry['case']}]")
 
 
 if __name__ == "__main__":

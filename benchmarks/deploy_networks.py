@@ -131,6 +131,9 @@ def links(model: nn.Module, *, split: bool) -> list[nn.Module]:
     return [_Part(model, names).eval() for names in groups]
 
 
+KINDS = ("sigmab", "dense", "dense-links", "pruned", "single")
+
+
 def prepare(case: Case, cache: Path, formats: Sequence[str]) -> dict[str, Any]:
     """Export what is missing in ``cache`` and return the counts of the networks."""
     directory = cache / case.name
@@ -140,8 +143,8 @@ def prepare(case: Case, cache: Path, formats: Sequence[str]) -> dict[str, Any]:
     wanted = {
         f"{kind}-{form}": (kind, form)
         for form in formats
-        for kind in ("sigmab", "dense", "dense-links", "pruned", "single")
-        if not (kind == "single" and form == "torch")
+        for kind in KINDS
+        if kind != "single" or form in ("onnx", "openvino")
     }
     missing = {name: what for name, what in wanted.items() if not (directory / name).exists()}
     if missing or not counts.exists():

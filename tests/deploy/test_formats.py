@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sigmab_plugin.deploy import Runner, export, export_chain, export_single_file, read_manifest
-from sigmab_plugin.errors import CalibrationError, FormatError, ModelError
+from sigmab_plugin.errors import CalibrationError, FormatError, ModelError, SigmaBError
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -153,3 +153,35 @@ class _NoOnnx(nn.Module):
 def test_an_operation_without_onnx_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"node 'root' \(backbone\) cannot be exported to ONNX: .*lstsq"):
         export_chain([_NoOnnx(), nn.Linear(3, 2)], torch.randn(4, 3), tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_compiled_torch_agrees_with_torch(bundle: Path, images: Tensor, expected: Expected) -> None:
+    with Runner(bundle, backend="torch-compiled", threads=1) as runner:
+        try:
+            result = runner.run(images)
+        except SigmaBError as error:
+            pytest.skip(f"torch.compile does not work here: {error}")
+        for image in images[:6]:
+            runner.drop()  # other memory, same program
+            single = runner.run(image[None])
+        np.testing.assert_allclose(single.logits, expected[0][5:6].numpy(), atol=1e-4)
+    np.testing.assert_allclose(result.logits, expected[0].numpy(), atol=1e-4)
+    np.testing.assert_array_equal(result.leaves, expected[1].numpy())
+
+
+def test_a_failing_compiler_names_the_node(
+    bundle: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(program: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            raise RuntimeError("No working C++ compiler found")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with (
+        Runner(bundle, backend="torch-compiled") as runner,
+        pytest.raises(SigmaBError, match=r"node 'root': torch\.compile failed: .*No working C\+\+ compiler"),
+    ):
+        runner(images[:1])

@@ -6,6 +6,7 @@ Needs ``onnx``, ``onnxscript`` and (for optimised layouts) ``onnxruntime``.
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -62,6 +63,10 @@ def export_failure(source: NodeSource, what: str, error: Exception) -> ModelErro
     while cause.__cause__ is not None:
         cause = cause.__cause__
     detail = next((line for line in str(cause).splitlines() if line.strip()), repr(cause))
+    # torch.export says further down which line of the model it could not follow.
+    place = re.search(r'this error:\s+File "[^"]*?([^"/\\]+)", line (\d+), in (\w+)\s+(.+)', str(cause))
+    if place is not None:
+        detail += f" at `{place[4].strip()}` ({place[1]}:{place[2]}, {place[3]})"
     return ModelError(
         f"{source} cannot be exported to {what}: {type(cause).__name__}: {detail[:600]}\n"
         "Rewrite the operation in that module, or use format='torch', which needs torch.export only."

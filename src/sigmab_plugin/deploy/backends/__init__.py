@@ -13,6 +13,7 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnxruntime": (".onnxruntime", ("onnx",)),
     "openvino": (".openvino", ("openvino",)),
     "torch": (".torch", ("torch",)),
+    "torch-compiled": (".torch_compiled", ("torch",)),
     "executorch": (".executorch", ("executorch",)),
 }
 
