@@ -159,7 +159,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['active_bytes'] / 1000:.1f}",
             f"{row['stored_bytes'] / 1000:.1f}",
             f"{row['active_macs'] / 1e6:.2f} M",
-            f"{row['leaves_used']:.1f} of {row['leaves']}" if row["leaves"] else "",
+            f"{round(row['leaves_used'], 1):g} of {row['leaves']}" if row["leaves"] else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Tables in the pages of LegoNet and Mix-and-Match are those of the benchmarks' result files."""
+"""Tables in the pages of the companions are those of the benchmarks' result files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLES = [
     ("docs/legonet.md", "legonet-digits.json"),
     ("docs/legonet.md", "legonet-speed.json"),
+    ("docs/combining.md", "compose.json"),
     ("docs/mix-and-match.md", "mix_and_match-digits.json"),
 ]
 
