@@ -82,7 +82,7 @@ class ShortenedLeaves:
         cut: last layer that is kept, by its name inside the specializer; ``""``: none of it.
         head_widths: channels of the auxiliary head's stages.
         classes: outputs.
-        frontiers: leaf path -> shape (B, C, H, W) of what enters its last specializer.
+        frontiers: leaf path -> shape (1, C, H, W) of what enters its last specializer.
     """
 
     cut: str

@@ -60,7 +60,7 @@ def prune_leaves(
                 frontier = pruned.specializers[module_key(path)](frontier)
             if not isinstance(frontier, torch.Tensor) or frontier.dim() != 4:
                 raise _no_map(leaf, frontier)
-            frontiers[leaf] = tuple(frontier.shape)
+            frontiers[leaf] = (1, *frontier.shape[1:])
     shortened = ShortenedLeaves(cut, tuple(head_widths), classes, frontiers)
     shorten(pruned, shortened, seed=seed)
     pruned.plan = replace(net.plan, shortened=shortened)
