@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deploy_timing import BACKENDS, Row
 from sigmab_plugin import SigmaBConfig, SigmaBPruner
-from sigmab_plugin.data import make_loader, open_dataset
+from sigmab_plugin.data import Loader, open_dataset
 from sigmab_plugin.deploy import Runner, export
 from sigmab_plugin.errors import SigmaBError
 from sigmab_plugin.models import cifar_resnet50
@@ -45,7 +45,7 @@ class Images:
         """``count`` images of a split, drawn evenly over it: (count, 3, 32, 32), (count,)."""
         archives = sorted(self.path.glob("cifar100-*.zip")) if self.path.is_dir() else []
         data = open_dataset(archives or self.path, split=name, mean=MEAN, std=STD)
-        loader = make_loader(data, batch_size=count, shuffle=True, seed=0)
+        loader = Loader(data, batch_size=count, shuffle=True, seed=0)
         x, y = next(iter(loader))
         return x.contiguous(), y
 

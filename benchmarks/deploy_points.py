@@ -58,17 +58,16 @@ class Points:
 
 
 class _Tail(nn.Module):
-    """What follows the backbone; in two links it is cut where the tree is cut."""
+    """What follows the backbone, for one cloud: the pooling of several stops exporters where it ends a chain."""
 
-    def __init__(self, model: Any, first: bool, last: bool) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.sa3 = model.sa3 if first else None
-        self.end = nn.Sequential(model.fc1, model.head) if last else None
+        self.mlp = model.sa3.mlp
+        self.end = nn.Sequential(model.fc1, model.head)
 
-    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
-        if self.sa3 is not None:
-            x = self.sa3(x, *rest)
-        return x if self.end is None else self.end(x)
+    def forward(self, x: Tensor, pos: Tensor, batch: Tensor) -> Tensor:
+        logits: Tensor = self.end(self.mlp(torch.cat([x, pos], dim=1)).amax(0, keepdim=True))
+        return logits
 
 
 def clouds(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -116,14 +115,10 @@ def _tails(points: Points, root: Path, form: str) -> None:
     target = root / f"sigmab-{form}"
     export(points.net, example, target, format=form, layout=layout, backbone=False, overwrite=True)
     for kind, model in (("dense", points.dense), ("pruned", points.pruned)):
-        frontier = points.backbones[kind](*example)
-        frontier = tuple(t.clone() for t in frontier)  # inference tensors cannot be traced
-        cuts = {kind: [(True, True)]}
-        if kind == "dense":
-            cuts["dense-links"] = [(True, False), (False, True)]
-        for name, parts in cuts.items():
-            tails = [_Tail(model, first, last).eval() for first, last in parts]
-            export_chain(tails, frontier, root / f"{name}-{form}", format=form, layout=layout, overwrite=True)
+        # Inference tensors cannot be traced.
+        frontier = tuple(t.clone() for t in points.backbones[kind](*clouds(1, 1)))
+        tail = _Tail(model).eval()
+        export_chain([tail], frontier, root / f"{kind}-{form}", format=form, layout=layout, overwrite=True)
 
 
 def _tried(root: Path, name: str, form: str, make: Callable[[Path], Any]) -> dict[str, str]:

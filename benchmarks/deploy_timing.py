@@ -178,6 +178,7 @@ def streamed_rows(setup: Setup, label: str, limits: Limits, known: Sequence[Row]
         "sigmab, prefetch both": _options(setup, "sigmab", "sigmab", prefetch="both", **common),
         "sigmab, prefetch likely": _options(setup, "sigmab", "sigmab", prefetch="likely", **common),
     }
+    wanted = {name: options for name, options in wanted.items() if options["directory"].exists()}
     with _runners(setup, wanted) as opened:
         variants = {name: _variant(setup, name, runner) for name, runner in opened.items()}
         for x in setup.inputs[:4]:  # every program opened, most nodes' sha256 taken once

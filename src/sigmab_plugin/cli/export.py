@@ -33,8 +33,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision",
         default="fp32",
-        choices=("fp32", "fp16", "int8", "int8-weights", "int4-weights"),
-        help="how weights are stored (default fp32); int8 also quantizes activations and calibrates on --data",
+        choices=("fp32", "fp16", "int8", "int8-weights", "int4-weights", "legonet"),
+        help="how weights are stored (default fp32); int8 also quantizes activations and calibrates on --data; "
+        "legonet stores the indices of --legonet",
+    )
+    parser.add_argument(
+        "--legonet", type=Path, metavar="FILE", help="packed weights of the network, for --precision legonet"
     )
     parser.add_argument(
         "--layout",
@@ -71,13 +75,21 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("give one of --data and --input-shape: the export needs an example input")
     if args.precision == "int8" and args.data is None:
         raise ConfigError("--precision int8 calibrates on real inputs: give --data")
+    if (args.precision == "legonet") != (args.legonet is not None):
+        raise ConfigError("--precision legonet and --legonet FILE go together")
     if args.single_file and (args.precision != "fp32" or args.layout != "portable" or args.packed):
         raise ConfigError(
             "--single-file is float32 and portable: leave out --precision, --layout and --packed"
         )
     record = read_record(args.folder, args)
     pick_device(args)
-    net = open_net(args.folder, record, torch.device("cpu"))
+    net: Any = open_net(args.folder, record, torch.device("cpu"))
+    packed = None
+    if args.legonet is not None:
+        from ..techniques.legonet import expand_into, read_packed
+
+        packed = read_packed(args.legonet)
+        net = expand_into(packed, net)
     calibration: list[Any] | None = None
     if args.data is None:
         try:
@@ -108,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
         precision=args.precision,
         layout=args.layout,
         calibration_data=calibration if args.precision == "int8" else None,
+        codebook=packed,
         packed=args.packed,
         overwrite=args.overwrite,
     )

@@ -9,15 +9,19 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..modes import evaluating
+from . import codebooks
 from .manifest import FileEntry, Manifest, Node, Region, Value
 from .nodes import NodeSource, chain, cut
 from .writing import BundleWriter, RawTensor, atomic_directory, write_manifest
+
+if TYPE_CHECKING:
+    from ..techniques.legonet import PackedModel
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ FORMATS = {
     "executorch": ".formats.executorch",
 }
 LAYOUTS = ("portable", "native")
-PRECISIONS = ("fp32", "fp16", "int8", "int8-weights", "int4-weights")
+PRECISIONS = ("fp32", "fp16", "int8", "int8-weights", "int4-weights", "legonet")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Options:
     modality: str
     calibration: dict[str, list[tuple[Any, ...]]] | None = None
     backbone: bool = True
+    codebook: PackedModel | None = None
 
 
 def export(
@@ -63,6 +68,7 @@ def export(
     precision: str = "fp32",
     layout: str = "portable",
     calibration_data: Any = None,
+    codebook: PackedModel | None = None,
     backbone: bool = True,
     packed: bool = False,
     overwrite: bool = False,
@@ -77,8 +83,11 @@ def export(
         precision: "fp32"; "fp16" stores weights in 16 bits; "int8-weights" and "int4-weights" store them as
             integers with a scale per output channel (or block); all three compute in float32. "int8"
             quantizes activations too and needs ``calibration_data``. ONNX only, but for "fp32" and "fp16".
+            "legonet" stores indices into a codebook and expands a node when it is loaded (not ExecuTorch).
         layout: "portable", or "native": optimised for this machine and refused on others (ONNX only).
         calibration_data: for "int8": batches of inputs, each leaf is calibrated with the samples routed to it.
+        codebook: for "legonet": the packed weights that ``net`` was expanded from; by default those that
+            packing left with it.
         backbone: False leaves the backbone out, for one that the format cannot express (farthest point
             sampling, say); the runner is then given a function that computes it.
         packed: one file for all weights instead of one per node.
@@ -105,7 +114,9 @@ def export(
                 raise ConfigError("precision='int8' calibrates from the inputs on: export with the backbone")
             calibration = collect(sources, calibration_data, net.modality.name)
         options = replace(
-            _options(format, precision, layout, net.modality.name, calibration), backbone=backbone
+            _options(format, precision, layout, net.modality.name, calibration),
+            backbone=backbone,
+            codebook=codebooks.check(net, codebook) if precision == "legonet" else None,
         )
         plan = net.plan.to_dict() if net.plan is not None else None
         return write_bundle(
@@ -129,8 +140,10 @@ def export_chain(
     ``modules`` are its consecutive parts, run one after the other; with one part, the whole network is one
     artefact. Other arguments and errors: see :func:`export`.
     """
-    if precision == "int8":
-        raise ConfigError("precision='int8' is for SigmaB nets; use fp32, fp16, int8-weights or int4-weights")
+    if precision in ("int8", "legonet"):
+        raise ConfigError(
+            f"precision={precision!r} is for SigmaB nets; use fp32, fp16, int8-weights or int4-weights"
+        )
     with evaluating(*modules):
         sources = chain(modules, example_inputs)
         options = _options(format, precision, layout, "images", None)
@@ -148,7 +161,14 @@ def _options(form: str, precision: str, layout: str, modality: str, calibration:
             raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}")
     if layout == "native" and form != "onnx":
         raise ConfigError(f"layout='native' is for format='onnx'; {form!r} bundles are portable")
-    if precision not in ("fp32", "fp16") and form != "onnx":
+    if precision == "legonet":
+        if form == "executorch":
+            raise ConfigError(
+                "precision='legonet' is for onnx, torch and openvino: ExecuTorch programs hold weights"
+            )
+        if layout == "native":
+            raise ConfigError("precision='legonet' stores blocks of whole rows: use layout='portable'")
+    elif precision not in ("fp32", "fp16") and form != "onnx":
         raise ConfigError(f"precision={precision!r} is for format='onnx'; {form!r} takes fp32 or fp16")
     if layout == "native" and precision in ("int8-weights", "int4-weights"):
         raise ConfigError(
@@ -176,13 +196,18 @@ def write_bundle(
         for index, source in enumerate(sources):
             artefact: Artefact = exporter.export_artefact(source, options)
             stem = f"{index:02d}_{source.key}"
-            region = writer.weights(stem, artefact.tensors)
+            tensors, extra = artefact.tensors, {}
+            if options.codebook is not None:
+                tensors, extra["codebook"] = codebooks.encode(source, tensors, options.codebook)
+            region = writer.weights(stem, tensors)
             program = writer.file(f"{stem}{artefact.suffix}", artefact.program)
             companions: dict[str, FileEntry] = {}
-            if artefact.companions is not None:
+            if artefact.companions is not None and not extra:  # they name tensors in the region
                 for suffix, data in artefact.companions(region).items():
                     companions[suffix.strip(".")] = writer.file(f"{stem}{suffix}", data)
-            nodes.append(_node(source, options, program, region, companions))
+            if companions:
+                extra["files"] = {k: [e.file, e.nbytes, e.sha256] for k, e in companions.items()}
+            nodes.append(_node(source, options, program, region, extra))
             _log.info("%s: %d bytes of weights in %s", source, region.nbytes, region.file)
         manifest = Manifest(
             format=options.format,
@@ -200,7 +225,7 @@ def write_bundle(
 
 
 def _node(
-    source: NodeSource, options: Options, program: FileEntry, region: Region, companions: dict[str, FileEntry]
+    source: NodeSource, options: Options, program: FileEntry, region: Region, extra: dict[str, Any]
 ) -> Node:
     def values(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Value, ...]:
         return tuple(
@@ -218,9 +243,7 @@ def _node(
         program=program,
         weights=region,
         parameters=source.parameters,
-        extra={"files": {k: [e.file, e.nbytes, e.sha256] for k, e in companions.items()}}
-        if companions
-        else {},
+        extra=extra,
     )
 
 

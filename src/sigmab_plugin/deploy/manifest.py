@@ -24,6 +24,10 @@ PAGE = 4096
 ALIGNMENT = 64
 
 
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
 @dataclass(frozen=True)
 class Value:
     """An input or output of a node. ``None`` in ``shape`` is a size that may vary (the batch)."""
@@ -86,6 +90,12 @@ class Node:
     weights: Region
     parameters: int
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes in memory at most while the node is loaded: the region, and what a codebook expands it to."""
+        expanded = self.extra.get("codebook")
+        return self.weights.nbytes + (0 if expanded is None else int(expanded["nbytes"]))
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Residency:
         self._budget = budget
         self._retain = retain
         self._trace = trace
-        self._slots = {node.path: _Slot(node, int(node.weights.nbytes * factor)) for node in manifest.nodes}
+        self._slots = {node.path: _Slot(node, int(node.memory_bytes * factor)) for node in manifest.nodes}
         self._changed = threading.Condition(threading.RLock())
         self._queue: deque[object] = deque()
         self._clock = 0

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, FormatError, SigmaBError
+from . import codebooks
 from . import frontier as frontiers
 from .backends import open_backend
 from .frontier import Array, Frontier
@@ -108,15 +109,18 @@ class Runner:
         self._backend = open_backend(backend, self.manifest, threads=threads)
         factor = self._backend.resident_factor
         nodes = self.manifest.path_nodes
-        needed = max(
-            sum(int(n.weights.nbytes * factor) for n in nodes(leaf)) for leaf in self.manifest.leaves
-        )
+        needed = max(sum(int(n.memory_bytes * factor) for n in nodes(leaf)) for leaf in self.manifest.leaves)
         if budget_bytes is not None and budget_bytes < needed:
             raise ConfigError(
                 f"budget_bytes={budget_bytes} is smaller than one path: at least {needed} bytes are needed"
             )
         self._prefetch = prefetch
         self._nodes = {node.path: node for node in self.manifest.nodes}
+        self._expanded = {
+            node.path: codebooks.expanded_node(node)
+            for node in self.manifest.nodes
+            if "codebook" in node.extra
+        }
         self._leaf_index = {path: index for index, path in enumerate(self.manifest.leaves)}
         self._programs: dict[str, Any] = {}
         self._program_lock = threading.Lock()
@@ -268,6 +272,9 @@ class Runner:
             if program is None:
                 program = self._backend.program(node, self._program_bytes(node))
                 self._programs[node.path] = program
+        expanded = self._expanded.get(node.path)
+        if expanded is not None and buffer is not None:
+            node, buffer = expanded, codebooks.expand(node, expanded, buffer)
         return self._backend.bind(node, program, buffer)
 
     def _program_bytes(self, node: Node) -> bytes:

@@ -227,7 +227,7 @@ class Reader:
                 )
             if region.nbytes == 0:
                 return True
-            job.buffer = _memory(region.nbytes)
+            job.buffer = fresh_memory(region.nbytes)
             if self._verify != "off":
                 job._checksum = Checksum(self._verify, self._sums.get(job.node.path))
         assert job.buffer is not None
@@ -301,7 +301,7 @@ _MISSING = (
 _REFUSED = (22, 95)  # invalid argument, not supported
 
 
-def _memory(nbytes: int) -> mmap.mmap:
+def fresh_memory(nbytes: int) -> mmap.mmap:
     """``nbytes`` of fresh memory, returned to the system when nothing refers to it any more.
 
     Private, where Python's default is shared: only private memory comes in huge pages on an ordinary Linux,

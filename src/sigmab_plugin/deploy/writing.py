@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError
-from .manifest import ALIGNMENT, MANIFEST_NAME, PAGE, FileEntry, Region, TensorEntry
+from .manifest import ALIGNMENT, MANIFEST_NAME, PAGE, FileEntry, Region, TensorEntry, round_up
 
 #: A tensor to write: name, dtype name as in the manifest, shape, raw bytes.
 RawTensor = tuple[str, str, tuple[int, ...], bytes]
@@ -25,19 +25,15 @@ def raw(name: str, array: np.ndarray[Any, Any]) -> RawTensor:
     return name, array.dtype.name, tuple(array.shape), np.ascontiguousarray(array).tobytes()
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 def pack(tensors: Sequence[RawTensor]) -> tuple[bytes, int, tuple[TensorEntry, ...]]:
     """Lay ``tensors`` out one after the other: the region's bytes, the part used, the entries."""
     buffer, entries = bytearray(), []
     for name, dtype, shape, data in tensors:
-        buffer.extend(bytes(_round_up(len(buffer), ALIGNMENT) - len(buffer)))
+        buffer.extend(bytes(round_up(len(buffer), ALIGNMENT) - len(buffer)))
         entries.append(TensorEntry(name, dtype, shape, len(buffer), len(data)))
         buffer.extend(data)
     used = len(buffer)
-    buffer.extend(bytes(_round_up(used, PAGE) - used))
+    buffer.extend(bytes(round_up(used, PAGE) - used))
     return bytes(buffer), used, tuple(entries)
 
 
