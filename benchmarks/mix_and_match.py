@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scores", nargs="+", default=["magnitude", "gradient", "combined"])
     parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning, each run")
     parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one dense network and search each")
     parser.add_argument("--max-drop", type=float, default=0.01, help="largest loss on the validation part")
     parser.add_argument("--structured", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
@@ -68,11 +70,48 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The first seed in full; of the others what was chosen, and the spread over all."""
+    parts = [one_seed(options, seed) for seed in options.seeds]
+    first = parts[0]
+    text = first["table"]
+    if len(parts) > 1:
+        text += "\n\n" + over_seeds(parts)
+    command = "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])
+    return {**first, "command": command, "seeds": options.seeds, "table": text, "per_seed": parts}
+
+
+def over_seeds(parts: list[dict[str, Any]]) -> str:
+    """Markdown: test accuracy of the dense network, the chosen run and the controls, mean and deviation."""
+    columns: dict[str, list[float]] = {
+        "dense": [part["test"]["dense"] for part in parts],
+        "chosen": [part["test"]["chosen"] for part in parts],
+    }
+    for part in parts:
+        for row in part["controls"]:
+            columns.setdefault(f"magnitude, {row['control']}", []).append(row["test"])
+    sparsity = [part["chosen_sparsity"] for part in parts]
+    lines = [
+        f"{len(parts)} seeds, chosen sparsity {100 * statistics.fmean(sparsity):.1f} ± "
+        f"{100 * statistics.stdev(sparsity):.1f} %:",
+        "",
+        "| | test, mean ± sd |",
+        "|---|---|",
+    ]
+    for name, values in columns.items():
+        lines.append(
+            f"| {name} | {100 * statistics.fmean(values):.2f} ± {100 * statistics.stdev(values):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def one_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One dense network, its search and the controls at the chosen sparsity."""
     recipe = json.loads((HERE / "recipes" / f"{options.experiment}-cpu.json").read_text())
     experiment = open_experiment(recipe, options.data, HERE / "cache")
-    model = trained(experiment, recipe, options.weights, options.dense_epochs)
-    train = experiment.train_loader(batch_size=recipe["finetune"]["batch_size"], seed=0)
+    model = trained(experiment, recipe, options.weights, options.dense_epochs, seed)
+    train = experiment.train_loader(batch_size=recipe["finetune"]["batch_size"], seed=seed)
     config = MixAndMatchConfig(
+        seed=seed,
         scores=tuple(options.scores),
         finetune_epochs=options.epochs,
         finetune_lr=options.lr,
@@ -89,7 +128,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         validate=lambda net: score(net, experiment.val),
         train_data=train,
         structured=options.structured,
-        folder=Path(options.folder) / (options.experiment + ("-structured" if options.structured else "")),
+        folder=Path(options.folder)
+        / f"{options.experiment}{'-structured' if options.structured else ''}-seed{seed}",
     )
     chosen = pruner.step()
     found = pruner.result
@@ -106,6 +146,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **found.to_dict(),
         "experiment": experiment.name,
         "parameters": parameter_count(model),
+        "chosen_sparsity": found.chosen.sparsity,
         "test": {"dense": dense_test, "chosen": chosen_test},
         "controls": controls,
         "table": table(experiment.name, found, dense_test, chosen_test, controls),
