@@ -16,6 +16,7 @@ from sigmab_plugin.cli import main
 from sigmab_plugin.cli.folder import record_of
 from sigmab_plugin.deploy import Runner, read_manifest
 from sigmab_plugin.models import cifar_resnet18
+from sigmab_plugin.techniques.legonet import LegoNetConfig, expand_into, pack, save_packed
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,7 @@ def test_export_writes_a_bundle_that_runs(
         (["--input-shape", "3x16"], "numbers and commas"),
         (["--input-shape", "3,16,16", "--precision", "int8"], "give --data"),
         (["--input-shape", "3,16,16", "--single-file", "--packed"], "leave out"),
+        (["--input-shape", "3,16,16", "--precision", "legonet"], "go together"),
     ],
 )
 def test_options_that_do_not_fit(
@@ -84,3 +86,18 @@ def test_options_that_do_not_fit(
     assert main(["export", str(saved[0]), "--to", str(tmp_path / "b"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_export_of_packed_weights(saved: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, net = saved
+    packed = pack(net, LegoNetConfig(codebook_size=16, iterations=1))
+    save_packed(packed, tmp_path / "net.legonet")
+    target = tmp_path / "bundle"
+    words = ["export", str(folder), "--to", str(target), "--format", "torch", "--input-shape", "3,16,16"]
+    words += ["--precision", "legonet", "--legonet", str(tmp_path / "net.legonet"), "--quiet"]
+    assert main(words) == 0
+    expanded = expand_into(packed, net)
+    x = torch.randn(6, 3, 16, 16)
+    with torch.no_grad(), Runner(target) as runner:
+        np.testing.assert_allclose(runner(x), expanded(x).numpy(), atol=1e-5)
+        assert runner.statistics().bytes_read < 4 * sum(net.parameter_counts().per_path.values()) / 4
