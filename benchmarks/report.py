@@ -5,7 +5,7 @@
     python benchmarks/report.py --check README.md  # fail if a table there differs from the results
 
 Markers: ``<!-- results: NAME -->`` … ``<!-- end results -->`` hold everything about one experiment, NAME being a folder
-of ``benchmarks/results``; ``<!-- results:begin -->`` … ``<!-- results:end -->`` hold the short table of each.
+of ``benchmarks/results`` or ``speed``; ``<!-- results:begin -->`` … ``<!-- results:end -->`` hold all short tables.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from speed_table import speed_table  # noqa: E402
+
+RESULTS = HERE / "results"
+SPEED = "speed"
 FORMAT = 1
 Result = dict[str, Any]
 
@@ -77,6 +83,8 @@ def read_results(folder: Path) -> dict[str, list[Result]]:
 
 def details(folder: Path) -> str:
     """Markdown: one row per arm, paired differences, what the average hides, and how the figures were made."""
+    if folder.name == SPEED:
+        return speed_table(folder.parent)
     results = read_results(folder)
     parts = [_table(results), *_differences(results), _robustness(results), _provenance(results)]
     return "\n\n".join(parts) + "\n"
