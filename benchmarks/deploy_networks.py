@@ -143,10 +143,7 @@ def prepare(case: Case, cache: Path, formats: Sequence[str]) -> dict[str, Any]:
     counts = directory / "counts.json"
     example = torch.randn(2, *case.shape)
     wanted = {
-        f"{kind}-{form}": (kind, form)
-        for form in formats
-        for kind in KINDS
-        if (kind, form) not in _LEFT_OUT
+        f"{kind}-{form}": (kind, form) for form in formats for kind in KINDS if (kind, form) not in _LEFT_OUT
     }
     missing = {name: what for name, what in wanted.items() if not (directory / name).exists()}
     if missing or not counts.exists():

@@ -25,7 +25,8 @@ BACKENDS = {
 }
 RATES = {"50 MB/s": 50e6, "500 MB/s": 500e6, "2 GB/s": 2e9}
 Row = dict[str, Any]
-Times = list[tuple[float, float]]
+#: Per call: wall seconds, processor seconds, bytes that the system read.
+Times = list[tuple[float, float, int]]
 Variant = Callable[[Any], Any]
 
 
@@ -58,7 +59,7 @@ class Setup:
 
 
 def timed(variants: dict[str, Variant], inputs: Sequence[Any], limits: Limits) -> dict[str, Times]:
-    """(Wall, processor) seconds of each variant, interleaved; the order changes from round to round."""
+    """Each variant's calls, interleaved; the order changes from round to round."""
     times: dict[str, Times] = {name: [] for name in variants}
     order = list(variants)
     end = time.perf_counter() + limits.seconds
@@ -67,14 +68,15 @@ def timed(variants: dict[str, Variant], inputs: Sequence[Any], limits: Limits) -
             break
         x = inputs[number % len(inputs)]
         for name in order[number % len(order) :] + order[: number % len(order)]:
-            begin, busy = time.perf_counter(), time.process_time()
+            before, begin, busy = io_bytes(), time.perf_counter(), time.process_time()
             variants[name](x)
-            times[name].append((time.perf_counter() - begin, time.process_time() - busy))
+            seconds, busy = time.perf_counter() - begin, time.process_time() - busy
+            times[name].append((seconds, busy, io_bytes() - before))
     return times
 
 
 def row(case: str, backend: str, name: str, mode: str, times: Times, dense_times: Times) -> Row:
-    (seconds, busy), (dense, dense_busy) = zip(*times, strict=True), zip(*dense_times, strict=True)
+    (seconds, busy, _), (dense, dense_busy, _) = zip(*times, strict=True), zip(*dense_times, strict=True)
     return {
         "case": case,
         "backend": backend,
@@ -169,7 +171,7 @@ def streamed_rows(setup: Setup, label: str, limits: Limits, known: Sequence[Row]
     warm = {r["variant"]: r["median_s"] for r in known if r["mode"] == "warm"}
     # The disk of an ordinary machine is no faster than the third rate: there, reads come from the page cache.
     fast = rate > 1e9
-    common = {"bandwidth": rate, "retain": False, "io": "cached" if fast else "auto"}
+    common = {"retain": False, "io": "cached" if fast else "auto"}
     wanted = {
         "dense": _options(setup, "dense", "dense", **common),
         "dense, prefetch": _options(setup, "dense", "dense-links", prefetch="both", **common),
@@ -181,20 +183,16 @@ def streamed_rows(setup: Setup, label: str, limits: Limits, known: Sequence[Row]
     wanted = {name: options for name, options in wanted.items() if options["directory"].exists()}
     with _runners(setup, wanted) as opened:
         variants = {name: _variant(setup, name, runner) for name, runner in opened.items()}
-        for x in setup.inputs[:4]:  # every program opened, most nodes' sha256 taken once
-            for name, variant in variants.items():
-                if name.startswith("sigmab") or x is setup.inputs[0]:
-                    variant(x)
+        for name, runner in opened.items():  # every program opened, every sha256 taken once
+            runner.warm()
+            for x in setup.inputs[: 4 if name.startswith("sigmab") else 1]:
+                variants[name](x)
         for runner in opened.values():
+            runner.limit_bandwidth(rate)
             runner.reset_statistics()
         times = timed(variants, setup.inputs, limits)
         counted = {name: runner.statistics().bytes_per_inference for name, runner in opened.items()}
-        from_os = {}
-        for name, variant in variants.items():
-            before = io_bytes()
-            for x in setup.inputs[:2]:
-                variant(x)
-            from_os[name] = (io_bytes() - before) / 2
+        from_os = {name: float(np.mean([read for _, _, read in own])) for name, own in times.items()}
     rows = []
     for name, own in times.items():
         found = row(setup.case, setup.backend, name, f"streamed, {label}", own, times["dense"])

@@ -216,6 +216,18 @@ def test_bandwidth_is_what_was_asked_for(bundle: Path, images: Tensor) -> None:
     assert bytes_read / rate <= seconds < bytes_read / rate + 1.0
 
 
+def test_bandwidth_can_change(bundle: Path, images: Tensor) -> None:
+    with Runner(bundle, retain=False) as runner:
+        runner(images[:1])
+        runner.limit_bandwidth(5e5)
+        runner.reset_statistics()
+        begin = time.perf_counter()
+        runner(images[:1])
+        assert time.perf_counter() - begin >= runner.statistics().bytes_read / 5e5
+        with pytest.raises(ConfigError, match="bandwidth must be more than 0"):
+            runner.limit_bandwidth(0)
+
+
 def _truncate(file: Path) -> None:
     with open(file, "r+b") as f:
         f.truncate(100)

@@ -43,6 +43,11 @@ class Result:
     leaves: Array
 
 
+def _check_bandwidth(bandwidth: float | None) -> None:
+    if bandwidth is not None and not bandwidth > 0:
+        raise ConfigError(f"bandwidth must be more than 0 bytes a second; got {bandwidth!r}")
+
+
 class Runner:
     """Runs the bundle in ``directory``.
 
@@ -95,8 +100,7 @@ class Runner:
             raise ConfigError(f"io must be one of {', '.join(IO)}; got {io!r}")
         if verify not in VERIFY:
             raise ConfigError(f"verify must be one of {', '.join(VERIFY)}; got {verify!r}")
-        if bandwidth is not None and not bandwidth > 0:
-            raise ConfigError(f"bandwidth must be more than 0 bytes a second; got {bandwidth!r}")
+        _check_bandwidth(bandwidth)
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
         if self.manifest.requires.get("backbone", False) != (backbone is not None):
@@ -147,6 +151,11 @@ class Runner:
     @property
     def backend(self) -> str:
         return self._backend.name
+
+    def limit_bandwidth(self, bandwidth: float | None) -> None:
+        """Change ``bandwidth``, from the next chunk that is read on."""
+        _check_bandwidth(bandwidth)
+        self._residency.reader.limit(bandwidth)
 
     @property
     def leaves(self) -> tuple[str, ...]:

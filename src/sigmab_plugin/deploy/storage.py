@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError
-from .manifest import PAGE, Node
+from .manifest import PAGE, Node, round_up
 from .tracing import Trace
 
 _log = logging.getLogger(__name__)
@@ -136,10 +136,8 @@ class Reader:
         chunk: int = 1 << 20,
     ) -> None:
         self._directory = directory
-        self._bucket = None if bandwidth is None else TokenBucket(bandwidth)
-        if bandwidth is not None:  # about 1 ms a chunk, so that a demanded region need not wait long
-            chunk = int(min(chunk, max(bandwidth * 1e-3, 64 << 10)))
-        self._chunk = -(-chunk // PAGE) * PAGE
+        self._largest_chunk = chunk
+        self.limit(bandwidth)
         self.mode = mode
         self._verify = verify
         self._sums: dict[str, bytes] = {}
@@ -154,6 +152,14 @@ class Reader:
         self.read_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="sigmab-reader", daemon=True)
         self._thread.start()
+
+    def limit(self, bandwidth: float | None) -> None:
+        """Bytes a second from the next chunk on; None for as fast as it goes."""
+        chunk = self._largest_chunk
+        if bandwidth is not None:  # about 1 ms a chunk, so that a demanded region need not wait long
+            chunk = int(min(chunk, max(bandwidth * 1e-3, 64 << 10)))
+        self._chunk = round_up(chunk, PAGE)
+        self._bucket = None if bandwidth is None else TokenBucket(bandwidth)
 
     def submit(self, job: Job) -> None:
         with self._wake:
@@ -218,8 +224,8 @@ class Reader:
             return True
         if job._file < 0:
             job.started = time.perf_counter()
-            if self._bucket is not None:
-                self._bucket.begin()
+            if (bucket := self._bucket) is not None:
+                bucket.begin()
             job._file = self._open(self._directory / region.file)
             if os.fstat(job._file).st_size < region.offset + region.nbytes:
                 raise _fault(
@@ -245,8 +251,8 @@ class Reader:
             if job._checksum is not None:
                 job._checksum.update(view)
         job._offset += size
-        if self._bucket is not None:
-            self._bucket.take(size)
+        if (bucket := self._bucket) is not None:
+            bucket.take(size)
         if job._offset < region.nbytes:
             return False
         if job._checksum is not None:
