@@ -154,14 +154,20 @@ def test_sections_that_the_functions_cannot_carry_out(
     assert words in str(caught.value)
 
 
-def test_filter_pruning_after_sigmab(
+def test_filter_pruning_after_sigmab(attempt: Attempt, dense: nn.Module, sections: Any) -> None:
+    words = "the branches have been cut to their width already | Put 'filter_pruning' before 'sigmab'"
+    refused(attempt, dense, ConfigError, words, sections["sigmab"], sections["pruning"])
+
+
+def test_filter_pruning_of_a_tree(
     nncf_functions: Any, dense: nn.Module, config_of: Any, loader: Any, sections: Any
 ) -> None:
     from sigmab_plugin.hosts import nncf_v3
 
     dataset = nncf_functions.Dataset(loader, lambda batch: batch[0])
-    with pytest.raises(ConfigError, match="Put it before sigmab"):
-        nncf_v3.compress(dense, config_of(sections["sigmab"], sections["pruning"]), dataset)
+    tree = nncf_v3.compress(dense, config_of(sections["sigmab"]), dataset)
+    with pytest.raises(ConfigError, match="filter_pruning before sigmab in one file"):
+        nncf_v3.compress(tree, config_of(sections["pruning"]), dataset)
 
 
 def test_a_tree_is_not_restructured_again(
@@ -253,5 +259,5 @@ def test_nncf_absent(
     result = nncf_file.compress_from_file(config_of(sections["sigmab"]), dense, calibration_data=loader)
     assert isinstance(result.network, SigmaBNet)
     assert result.path == nncf_file.NO_NNCF
-    with pytest.raises(MissingDependencyError, match="quantization needs NNCF"):
+    with pytest.raises(MissingDependencyError, match=r"compression\[0\] \(quantization\) needs NNCF"):
         nncf_file.compress_from_file(config_of(sections["quantization"]), dense, calibration_data=loader)

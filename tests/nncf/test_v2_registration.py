@@ -59,9 +59,7 @@ def test_nncf_validates_and_builds_without_an_import_of_ours(nncf_v2: Any) -> No
 
 def test_switch_off(nncf_v2: Any) -> None:
     output = run(
-        "import torch, nncf\n"
-        "from nncf.config.schema import REF_VS_ALGO_SCHEMA\n"
-        "print('sigmab' in REF_VS_ALGO_SCHEMA)\n",
+        "import torch, nncf\nprint('sigmab' in nncf.NNCFConfig.schema()['$defs'])\n",
         SIGMAB_AUTOLOAD="0",
     )
     assert output.split()[-1] == "False"
@@ -91,18 +89,30 @@ def test_third_party_package_is_registered(nncf_v2: Any, tmp_path: Path) -> None
     assert "scale_weights: factor must be more than 0" in output
 
 
+def test_importing_nncf_loads_no_technique(nncf_v2: Any) -> None:
+    output = run(
+        "import torch, sys, nncf.torch\n"
+        "print([n for n in sys.modules if n.startswith('sigmab_plugin.techniques.') and n.count('.') == 2])\n"
+        "nncf.NNCFConfig.schema()\n"
+        "print('sigmab_plugin.techniques.legonet' in sys.modules)\n"
+    )
+    before, after = output.splitlines()[-2:]
+    assert set(eval(before)) <= {"sigmab_plugin.techniques.base", "sigmab_plugin.techniques.compose"}
+    assert after == "True"
+
+
 def test_register_twice_changes_nothing(nncf_v2: Any) -> None:
     from nncf import NNCFConfig
-    from nncf.config.schema import NNCF_CONFIG_SCHEMA
 
     from sigmab_plugin.hosts import nncf_v2 as host
 
     host.register()
-    validate = NNCFConfig.validate
-    names = host.register()
-    single, several = NNCF_CONFIG_SCHEMA["properties"]["compression"]["oneOf"]
-    assert "sigmab" in names
+    validate, schema = NNCFConfig.validate, NNCFConfig.schema
+    host.register()
     assert NNCFConfig.validate is validate
+    assert NNCFConfig.schema is schema
+    schema()
+    single, several = schema()["properties"]["compression"]["oneOf"]
     for choices in (single["oneOf"], several["items"]["oneOf"]):
         assert choices.count({"$ref": "#/$defs/sigmab"}) == 1
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from .compress_file import carry_out, lists_more_than_the_tree
 from .options import (
     add_data_options,
     add_model_options,
@@ -27,7 +28,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "compress",
         help="restructure a pretrained network into a tree",
         description="Restructures a dense model into a SigmaB tree and saves it. The data is read once per level, "
-        "for clustering and channel statistics; labels are not used.",
+        "for clustering and channel statistics; labels are not used. A config file may list NNCF's algorithms beside "
+        "the tree; the installed NNCF (2.x or 3.x) carries it out, section by section.",
         epilog="example: sigmab compress --model cifar_resnet50 --weights dense.safetensors --data cifar100.zip "
         "--preset resnet50 --out runs/tree",
     )
@@ -65,9 +67,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def restructure(args: argparse.Namespace, device: Any) -> None:
+    if lists_more_than_the_tree(args):
+        carry_out(args, device)
+        return
     from ..hosts.torch_pruning import SigmaBPruner
     from ..tree import save, static_twin
     from ..tuning.distributed import is_main
+    from .calibration import Calibration
     from .folder import record_of, save_twin
     from .measure import Measured, SampleCounter, check_fit, collect, command_line, example_of, say, show
 
@@ -104,7 +110,7 @@ def read_config(args: argparse.Namespace) -> SigmaBConfig:
     """The tree's configuration: ``--config`` or ``--preset``, then the options that change single fields.
 
     Raises:
-        ConfigError: no tree is described, or the file asks for another algorithm.
+        ConfigError: no tree is described, or more than one.
     """
     from ..config import SigmaBConfig
 
@@ -115,14 +121,6 @@ def read_config(args: argparse.Namespace) -> SigmaBConfig:
         config = SigmaBConfig.preset(args.preset)
     if args.config:
         sections, _ = read_sections(args.config)
-        others = [
-            section["algorithm"] for section in sections if section["algorithm"] != SigmaBConfig.algorithm
-        ]
-        if others:
-            raise ConfigError(
-                f'{args.config}: this command does "sigmab" alone, the file also has {", ".join(others)}; '
-                "`sigmab compare` and NNCF apply lists of techniques"
-            )
         if len(sections) > 1:
             raise ConfigError(f"{args.config}: one sigmab section is enough, there are {len(sections)}")
         config = SigmaBConfig.from_dict(sections[0])
@@ -139,24 +137,3 @@ def read_config(args: argparse.Namespace) -> SigmaBConfig:
             'which tree? give --levels and --head, --preset, or --config with "levels" and "head"'
         )
     return config
-
-
-class Calibration:
-    """Inputs of the data set in batches on the device: this process's part of ``--samples`` in a seeded order."""
-
-    def __init__(self, data: Any, args: argparse.Namespace, device: Any) -> None:
-        import numpy as np
-
-        from ..tuning.distributed import rank, world_size
-
-        self.data, self.device, self.batch_size = data, device, args.batch_size
-        order = np.random.default_rng(args.seed).permutation(len(data))
-        chosen = order if args.samples is None else order[: args.samples]
-        self.samples = len(chosen)
-        self.order = chosen[rank() :: world_size()]
-
-    def __iter__(self) -> Any:
-        from ..tuning.batches import to_device
-
-        for start in range(0, len(self.order), self.batch_size):
-            yield to_device(self.data.batch(self.order[start : start + self.batch_size])[0], self.device)

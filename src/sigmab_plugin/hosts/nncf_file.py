@@ -1,7 +1,7 @@
 """One NNCF config file, any NNCF: the path is chosen by what is installed.
 
 * NNCF 2.x: ``NNCFConfig`` and ``create_compressed_model`` (needs legacy tracing from 2.17 on);
-* NNCF 3.x: :func:`sigmab_plugin.hosts.nncf_v3.compress`;
+* NNCF 3.x, and 2.x for sections that its config files do not have: :func:`sigmab_plugin.hosts.nncf_v3.compress`;
 * no NNCF: files with techniques of ours only.
 """
 
@@ -11,22 +11,84 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..errors import CalibrationError, ConfigError, MissingDependencyError, ModelError
 from ..techniques.base import Context
-from .nncf_schema import Section, check, nncf_version, read
-from .nncf_v3 import SectionReport, as_inputs
+from .nncf_schema import Section, SectionError, check, nncf_version, parameter_line, read
+from .nncf_v3 import SectionReport
+from .nncf_v3_parts import as_inputs
+from .nncf_v3_sections import FUNCTION_ALGORITHMS
 
 _log = logging.getLogger(__name__)
 
 LEGACY_TRACING = "NNCF_TORCH_LEGACY_TRACING"
+#: What NNCF 2.x has in its functions and not in its config files.
+FUNCTIONS_ONLY = ("weight_compression",)
+PLAN, FUNCTIONS_STATE, CONFIG_STATE = "plan.json", "nncf.json", "compression_state.json"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a file is carried out here: ``name`` for tables, and the reason for it in half a sentence."""
+
+    kind: Literal["config file", "functions", "techniques"]
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def way_of(entries: Sequence[Section]) -> Way:
+    """Which way the installed NNCF allows for these sections.
+
+    Raises:
+        MissingDependencyError: a section needs NNCF and there is none.
+        ConfigError: a section needs another NNCF than the installed one.
+    """
+    own = [entry for entry in entries if entry.technique is None]
+    functions_only = next((entry for entry in own if entry.algorithm in FUNCTIONS_ONLY), None)
+    try:
+        installed = nncf_version()
+    except MissingDependencyError:
+        if own:
+            fits = "sigmab-plugin[nncf]" if own[0].algorithm in FUNCTION_ALGORITHMS else "nncf>=2.17,<3"
+            raise MissingDependencyError(
+                f"{own[0]} needs NNCF, which is not installed: pip install '{fits}'"
+            ) from None
+        return Way("techniques", NO_NNCF, "the file asks for nothing of NNCF's own")
+    version = f"NNCF {installed[0]}.{installed[1]}"
+    if installed[0] >= 3:
+        other = next((entry for entry in own if entry.algorithm not in FUNCTION_ALGORITHMS), None)
+        if other is not None:
+            raise SectionError(
+                f"{other} is not available through {version}'s functions ({', '.join(FUNCTION_ALGORITHMS)} are): "
+                "pip install 'nncf>=2.17,<3', which has it in config files"
+            )
+        return Way(
+            "functions", f"{version}: functions", "NNCF 3 has no config files, so nncf_v3.compress reads it"
+        )
+    if functions_only is None:
+        return Way("config file", f"{version}: create_compressed_model", "NNCF 2 reads config files itself")
+    if installed < (2, 17):
+        raise SectionError(f"{functions_only} is in no config file of {version}: pip install 'nncf>=2.17'")
+    if os.environ.get(LEGACY_TRACING):
+        raise SectionError(
+            f"{functions_only} is in no config file of NNCF 2.x, and its functions do not work with legacy tracing: "
+            f"start the process without {LEGACY_TRACING}"
+        )
+    return Way(
+        "functions",
+        f"{version}: functions",
+        f"config files of NNCF 2.x have no {functions_only.algorithm}, its functions do",
+    )
 
 
 @dataclass(frozen=True)
@@ -35,7 +97,7 @@ class Compressed:
 
     Attributes:
         network: the compressed network, in eval mode.
-        path: which way was taken, for people: ``"NNCF 3.4: functions"``.
+        path: which way was taken: ``"NNCF 3.4: functions"``.
         reports: what each section did.
         controller: NNCF 2.x's compression controller; None on the other paths.
     """
@@ -50,36 +112,35 @@ class Compressed:
 
         ``nncf.json`` (functions) is read by ``nncf_v3.load_from_config``; ``compression_state.json`` (2.x) is what
         ``create_compressed_model(compression_state=...)`` takes. A tree has its ``plan.json`` too, except on 2.x, where
-        the plan is part of the compression state.
+        the plan is part of the compression state. Files of these names that belonged to another network are removed.
         """
         from safetensors.torch import save_file
 
+        from ..tree.io import save as save_net
         from ..tree.io import unshared
+        from ..tree.net import SigmaBNet
 
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
+        for name in (PLAN, FUNCTIONS_STATE, CONFIG_STATE):
+            (target / name).unlink(missing_ok=True)
         weights = unshared(self.network.state_dict())
-        if self.controller is not None:
-            state = json.dumps(self.controller.get_compression_state(), indent=1, default=_plain)
-            (target / "compression_state.json").write_text(state + "\n", encoding="utf-8")
-            save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-            return target
-        from ..tree.io import save as save_net
-        from ..tree.net import SigmaBNet
-
-        if isinstance(self.network, SigmaBNet):
+        if isinstance(self.network, SigmaBNet) and self.controller is None:
             save_net(self.network, target)
         else:
             save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-        if self.path != NO_NNCF:
+        if self.controller is not None:
+            state = json.dumps(self.controller.get_compression_state(), indent=1, default=_plain)
+            (target / CONFIG_STATE).write_text(state + "\n", encoding="utf-8")
+        elif self.path != NO_NNCF:
             from .nncf_v3 import get_config
 
             try:
                 text = json.dumps(get_config(self.network), indent=1)
             except ModelError as error:
-                _log.warning("no nncf.json in %s: %s", target, error)
+                _log.warning("no %s in %s: %s", FUNCTIONS_STATE, target, error)
                 return target
-            (target / "nncf.json").write_text(text + "\n", encoding="utf-8")
+            (target / FUNCTIONS_STATE).write_text(text + "\n", encoding="utf-8")
         return target
 
 
@@ -119,6 +180,7 @@ def compress_from_file(
     """
     loaded = read(config)
     entries = check(loaded)
+    way = way_of(entries)
     reports: list[SectionReport] = []
 
     def report(entry: SectionReport) -> None:
@@ -126,49 +188,40 @@ def compress_from_file(
         if on_section is not None:
             on_section(entry)
 
-    context = Context(
-        example_inputs=example_inputs,
-        calibration_data=_inputs_of(calibration_data),
-        train_data=train_data,
-        loss_fn=loss_fn,
-        validate=validate,
-        seed=seed,
-    )
-    try:
-        installed = nncf_version()
-    except MissingDependencyError:
-        others = [entry.algorithm for entry in entries if entry.technique is None]
-        if others:
-            raise MissingDependencyError(
-                f"{', '.join(others)} needs NNCF, which is not installed: pip install 'sigmab-plugin[nncf]'"
-            ) from None
-        return Compressed(
-            _techniques_only(model, entries, context, fine_tune, report), NO_NNCF, tuple(reports)
+    controller = None
+    if way.kind == "techniques":
+        context = Context(
+            example_inputs=example_inputs,
+            calibration_data=_inputs_of(calibration_data),
+            train_data=train_data,
+            loss_fn=loss_fn,
+            validate=validate,
+            seed=seed,
         )
-    if installed[0] < 3:
-        return _by_create_compressed_model(
-            model, loaded, calibration_data, loss_fn, fine_tune, report, installed, reports
+        network = _techniques_only(model, entries, context, fine_tune, report)
+    elif way.kind == "config file":
+        controller, network = _by_create_compressed_model(model, loaded, entries, calibration_data, report)
+        if fine_tune is not None:
+            fine_tune(network, controller)
+        network.eval()
+    else:
+        import nncf
+
+        from .nncf_v3 import compress
+
+        network = compress(
+            model,
+            loaded,
+            None if calibration_data is None else nncf.Dataset(calibration_data, _inputs),
+            example_inputs=example_inputs,
+            train_data=train_data,
+            loss_fn=loss_fn,
+            validate=validate,
+            fine_tune=fine_tune,
+            on_section=report,
+            seed=seed,
         )
-    import nncf
-
-    from .nncf_v3 import compress
-
-    data = None
-    if calibration_data is not None:
-        data = nncf.Dataset(calibration_data, _inputs)
-    network = compress(
-        model,
-        loaded,
-        data,
-        example_inputs=example_inputs,
-        train_data=train_data,
-        loss_fn=loss_fn,
-        validate=validate,
-        fine_tune=fine_tune,
-        on_section=report,
-        seed=seed,
-    )
-    return Compressed(network, f"NNCF {installed[0]}.{installed[1]}: functions", tuple(reports))
+    return Compressed(network, way.name, tuple(reports), controller)
 
 
 def _inputs(batch: Any) -> Any:
@@ -210,7 +263,7 @@ def _techniques_only(
         network = entry.technique.apply(network, entry.config, context)
         after = sum(p.numel() for p in network.parameters())
         facts = {"before": before, "after": after}
-        report(SectionReport(str(entry), f"{before:,} parameters before, {after:,} after", facts))
+        report(SectionReport(str(entry), parameter_line(before, after), facts))
         if fine_tune is not None:
             fine_tune(network, entry.algorithm)
     return network.eval() if network is not model else network
@@ -219,33 +272,60 @@ def _techniques_only(
 def _by_create_compressed_model(
     model: nn.Module,
     loaded: dict[str, Any],
+    entries: Sequence[Section],
     calibration_data: Iterable[Any] | None,
-    loss_fn: Callable[[Any, Any], Any] | None,
-    fine_tune: Callable[[nn.Module, Any], None] | None,
     report: Callable[[SectionReport], None],
-    installed: tuple[int, int],
-    reports: list[SectionReport],
-) -> Compressed:
-    require_legacy_tracing(installed)
+) -> tuple[Any, nn.Module]:
+    require_legacy_tracing(nncf_version())
     import nncf.torch
     from nncf import NNCFConfig
     from nncf.config.structures import BNAdaptationInitArgs, QuantizationRangeInitArgs
 
     from .nncf_v2 import register
     from .nncf_v2_data import BatchLoader
+    from .nncf_v2_statistics import summary
 
     register()
-    config = NNCFConfig.from_dict(loaded)
+    config = NNCFConfig.from_dict(with_input_info(loaded, calibration_data))
     if calibration_data is not None:
         loader = BatchLoader(calibration_data)
         config.register_extra_structs([QuantizationRangeInitArgs(loader), BNAdaptationInitArgs(loader)])
     controller, network = nncf.torch.create_compressed_model(model, config, dump_graphs=False)
-    for name, statistics in controller.statistics():
-        report(SectionReport(name, statistics.to_str(), {}))
-    if fine_tune is not None:
-        fine_tune(network, controller)
-    path = f"NNCF {installed[0]}.{installed[1]}: create_compressed_model"
-    return Compressed(network.eval(), path, tuple(reports), controller)
+    known = dict(controller.statistics())
+    for entry in entries:
+        if entry.algorithm in known:
+            report(SectionReport(str(entry), *summary(known[entry.algorithm])))
+        else:
+            report(SectionReport(str(entry), "no statistics: it acts on the loss in training", {}))
+    return controller, network
+
+
+def with_input_info(loaded: dict[str, Any], calibration_data: Iterable[Any] | None) -> dict[str, Any]:
+    """``loaded`` with an ``input_info`` that has as many inputs, of as many dimensions, as the data.
+
+    NNCF 2.x traces the model with random inputs of these shapes. A file may have been written for another form of the
+    same input (point clouds as one padded tensor, or as points with the cloud of each).
+    """
+    first = next(iter(calibration_data), None) if calibration_data is not None else None
+    if first is None:
+        return loaded
+    inputs = as_inputs(_inputs(first))
+    if not all(torch.is_tensor(value) for value in inputs):
+        return loaded
+    given = loaded.get("input_info")
+    listed = [given] if isinstance(given, Mapping) else list(given or ())
+    ranks = [len(entry.get("sample_size", ())) for entry in listed]
+    if ranks == [value.ndim for value in inputs]:
+        return loaded
+    described = [
+        {"sample_size": list(value.shape)}
+        if value.is_floating_point()
+        else {"sample_size": list(value.shape), "type": "long", "filler": "zeros"}
+        for value in inputs
+    ]
+    if listed:
+        _log.info("input_info is taken from the data: the file has dimensions %s", ranks)
+    return {**loaded, "input_info": described}
 
 
 def require_legacy_tracing(installed: tuple[int, int]) -> None:

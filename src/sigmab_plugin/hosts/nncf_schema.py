@@ -97,6 +97,11 @@ def techniques() -> dict[str, Technique]:
     return found
 
 
+def offered_names() -> tuple[str, ...]:
+    """Names in the group ``nncf.algorithms``, without loading what they name."""
+    return tuple(dict.fromkeys(entry.name for entry in entry_points(group=GROUP)))
+
+
 def read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """The config as a dict: given as one, or as the path of a JSON file.
 
@@ -255,3 +260,16 @@ def _matches(model: nn.Module, path: str, scope: str) -> bool:
     operation = {"Linear": "linear_0"}.get(type(module).__name__, type(module).__name__.lower() + "_0")
     forms = (f"{plain}/{operation}", f"{extended}/{operation}", path.replace(".", "/") + f"/{operation}")
     return any(pattern.search(form) for form in forms)
+
+
+# ---------------------------------------------------------------- what a section did, in one line
+
+
+def tree_line(dense: int, stored: int, active: int, leaves: int) -> str:
+    """Parameters of the dense network, and of the tree in all and on its largest path."""
+    share = f" ({100 * active / dense:.1f} % of dense)" if dense else ""
+    return f"{dense:,} parameters became {stored:,} stored, {active:,} active{share}, {leaves} leaves"
+
+
+def parameter_line(before: int, after: int) -> str:
+    return f"{before:,} parameters before, {after:,} after"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -42,6 +42,7 @@ from .nncf_v2_controller import (
 )
 from .nncf_v2_data import context_of
 from .nncf_v2_network import adopt, rewrap, unwrap, weights_of
+from .nncf_v2_statistics import summary
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,16 @@ _ADDED_SCOPES = {
 class TechniqueBuilder(PTCompressionAlgorithmBuilder):
     """Applies one technique of the group ``nncf.algorithms`` and returns a network around the result."""
 
-    technique: ClassVar[Technique]
+    algorithm: ClassVar[str]
+
+    @property
+    def technique(self) -> Technique:
+        try:
+            return techniques()[self.algorithm]
+        except KeyError:
+            raise ConfigError(
+                f"{self.algorithm}: the package that offers this algorithm cannot be loaded; see the log for the reason"
+            ) from None
 
     def __init__(self, config: NNCFConfig, should_init: bool = True) -> None:
         super().__init__(config, should_init)
@@ -152,7 +162,7 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
         names = extract_algorithm_names(config)
         offered = techniques()
         self._split = max((i + 1 for i, name in enumerate(names) if name in offered), default=0)
-        self._finished: dict[str, str] = {}
+        self._finished: dict[str, dict[str, str]] = {}
         super().__init__(config, should_init)
         if self._split == 0:
             return
@@ -204,7 +214,9 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
             controller.prepare_for_export()
             model = controller.strip_model(model)
         _restore_buffers(model)
-        self._finished[child.name] = controller.statistics().to_str()
+        statistics = controller.statistics()
+        line = "; ".join(summary(entry)[0] for _, entry in statistics)
+        self._finished[child.name] = {"table": statistics.to_str(), "line": line}
         _log.info(
             "%s: carried out on the network before the restructuring, up to its target %s", child.name, target
         )
@@ -228,8 +240,8 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
 
     def get_state(self) -> dict[str, Any]:
         state = super().get_state()
-        for name, text in self._finished.items():
-            state[name] = {"finished": text}
+        for name, done in self._finished.items():
+            state[name] = {"finished": done}
         return state
 
     def load_state(self, state: dict[str, dict[str, Any]]) -> None:
@@ -295,14 +307,12 @@ def scope_in_tree(scope: str) -> str:
 # ---------------------------------------------------------------- registration
 
 
-def register_builders(offered: Mapping[str, Technique]) -> None:
+def register_builders(names: Iterable[str]) -> None:
     """Add a builder per technique to NNCF's registry, and let lists with a technique be carried out in order."""
-    for name, technique in offered.items():
+    for name in names:
         if name not in PT_COMPRESSION_ALGORITHMS.registry_dict:
-            builder = type(
-                f"{name.title().replace('_', '')}Builder", (TechniqueBuilder,), {"technique": technique}
-            )
-            PT_COMPRESSION_ALGORITHMS.register(name)(builder)
+            kind = f"{name.title().replace('_', '')}Builder"
+            PT_COMPRESSION_ALGORITHMS.register(name)(type(kind, (TechniqueBuilder,), {"algorithm": name}))
     if model_creation.PTCompositeCompressionAlgorithmBuilder is not OrderedCompositeBuilder:
         model_creation.PTCompositeCompressionAlgorithmBuilder = OrderedCompositeBuilder
         model_creation.create_nncf_network = _checking(model_creation.create_nncf_network)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,7 +11,6 @@ from nncf.api.compression import CompressionStage
 from nncf.api.statistics import Statistics
 from nncf.common.schedulers import BaseCompressionScheduler
 from nncf.common.statistics import NNCFStatistics
-from nncf.common.utils.helpers import create_table
 from nncf.torch.algo_selector import ZeroCompressionLoss
 from nncf.torch.composite_compression import PTCompositeCompressionAlgorithmController
 from nncf.torch.compression_method_api import PTCompressionAlgorithmController, PTCompressionLoss
@@ -24,78 +23,7 @@ from ..config import SigmaBConfig, TechniqueConfig
 from ..errors import TrainingError
 from ..tree.net import ParameterCounts
 from ..tuning.losses import responsibilities, responsibility_loss
-
-
-class TechniqueStatistics(NNCFStatistics):
-    """NNCF's statistics, open to algorithm names that NNCF does not list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._others: dict[str, Statistics] = {}
-
-    def register(self, algorithm_name: str, stats: Statistics) -> None:
-        try:
-            super().register(algorithm_name, stats)
-        except ValueError:
-            self._others[algorithm_name] = stats
-
-    def __iter__(self) -> Iterator[tuple[str, Statistics]]:
-        return iter([*super().__iter__(), *self._others.items()])
-
-    def __getattr__(self, name: str) -> Statistics:
-        others = self.__dict__.get("_others", {})
-        if name in others:
-            return others[name]
-        raise AttributeError(name)
-
-
-class TextStatistics(Statistics):
-    """Statistics that are a finished text."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def to_str(self) -> str:
-        return self.text
-
-
-class TreeStatistics(Statistics):
-    """Parameters of a SigmaB net (without what other algorithms add, such as quantizers' scales), as a table."""
-
-    def __init__(self, counts: ParameterCounts, dense_parameters: int) -> None:
-        self.dense = dense_parameters
-        self.stored = counts.total
-        self.active = counts.active
-        self.backbone = counts.backbone
-        self.routers = counts.routers
-        self.per_path = dict(counts.per_path)
-
-    def to_str(self) -> str:
-        def row(name: str, count: int) -> list[Any]:
-            return [name, count, f"{100 * count / self.dense:.1f} %" if self.dense else "-"]
-
-        rows = [
-            row("dense network", self.dense),
-            row("stored (all branches)", self.stored),
-            row("active (largest path)", self.active),
-            row("backbone", self.backbone),
-            row("routers and projections", self.routers),
-            *(row(f"path {path}", count) for path, count in self.per_path.items()),
-        ]
-        return "Statistics of the SigmaB restructuring:\n" + create_table(
-            header=["Part", "Parameters", "Of dense"], rows=rows
-        )
-
-
-class ParameterStatistics(Statistics):
-    """Parameters before and after a technique, as a table."""
-
-    def __init__(self, name: str, before: int, after: int) -> None:
-        self.name, self.before, self.after = name, before, after
-
-    def to_str(self) -> str:
-        rows = [["before", self.before], ["after", self.after]]
-        return f"Statistics of {self.name}:\n" + create_table(header=["Network", "Parameters"], rows=rows)
+from .nncf_v2_statistics import FinishedStatistics, ParameterStatistics, TechniqueStatistics, TreeStatistics
 
 
 class TreeLoss(PTCompressionLoss):
@@ -145,17 +73,11 @@ class TreeLoss(PTCompressionLoss):
         return loss + self._weight * responsibility_loss(responsibility, log_p)
 
 
-class TechniqueController(PTCompressionAlgorithmController):
-    """Controller of a technique without a loss of its own.
+class SettledController(PTCompressionAlgorithmController):
+    """Controller of what has done its work when the network is built: no loss, nothing to schedule."""
 
-    ``before`` and ``after`` are parameters of the network, counted when the technique was applied.
-    """
-
-    def __init__(self, target_model: NNCFNetwork, config: TechniqueConfig, before: int, after: Any) -> None:
+    def __init__(self, target_model: NNCFNetwork) -> None:
         super().__init__(target_model)
-        self.config = config
-        self.before = before
-        self.after = after
         self._loss: PTCompressionLoss = ZeroCompressionLoss(next(target_model.parameters()).device)
         self._scheduler = BaseCompressionScheduler()
 
@@ -170,18 +92,36 @@ class TechniqueController(PTCompressionAlgorithmController):
     def compression_stage(self) -> CompressionStage:
         return CompressionStage.FULLY_COMPRESSED
 
+    def statistics(self, quickly_collected_only: bool = False) -> NNCFStatistics:
+        name, statistics = self._table()
+        result = TechniqueStatistics()
+        result.register(name, statistics)
+        return result
+
+    def _table(self) -> tuple[str, Statistics]:
+        raise NotImplementedError
+
+
+class TechniqueController(SettledController):
+    """Controller of a technique without a loss of its own.
+
+    ``before`` and ``after`` are parameters of the network, counted when the technique was applied.
+    """
+
+    def __init__(self, target_model: NNCFNetwork, config: TechniqueConfig, before: int, after: Any) -> None:
+        super().__init__(target_model)
+        self.config = config
+        self.before = before
+        self.after = after
+
     def export_model(self, *args: Any, **kwargs: Any) -> None:
         """As NNCF's; a tree's file answers as hard routing does, with every leaf in one static graph."""
         with selected_forward(self.model):
             super().export_model(*args, **kwargs)
 
-    def statistics(self, quickly_collected_only: bool = False) -> NNCFStatistics:
-        result = TechniqueStatistics()
-        result.register(self.config.algorithm, self._table())
-        return result
-
-    def _table(self) -> Statistics:
-        return ParameterStatistics(self.config.algorithm, self.before, self.after)
+    def _table(self) -> tuple[str, Statistics]:
+        name = self.config.algorithm
+        return name, ParameterStatistics(name, self.before, self.after)
 
 
 class TreeController(TechniqueController):
@@ -193,8 +133,8 @@ class TreeController(TechniqueController):
         super().__init__(target_model, config, before, after)
         self._loss = TreeLoss(target_model, config)
 
-    def _table(self) -> Statistics:
-        return TreeStatistics(self.after, self.before)
+    def _table(self) -> tuple[str, Statistics]:
+        return self.config.algorithm, TreeStatistics(self.after, self.before)
 
     @property
     def compression_rate(self) -> float:
@@ -202,30 +142,18 @@ class TreeController(TechniqueController):
         return 1.0 - float(self.after.active) / self.before
 
 
-class FinishedController(PTCompressionAlgorithmController):
-    """An algorithm that was carried out before the restructuring: nothing to schedule, its table to print."""
+class FinishedController(SettledController):
+    """Controller of an algorithm that was carried out before the restructuring.
 
-    def __init__(self, target_model: NNCFNetwork, text: str) -> None:
+    ``done`` is what the builder keeps of it: ``table`` and ``line``, see :class:`FinishedStatistics`.
+    """
+
+    def __init__(self, target_model: NNCFNetwork, done: Mapping[str, str]) -> None:
         super().__init__(target_model)
-        self._text = text
-        self._loss = ZeroCompressionLoss(next(target_model.parameters()).device)
-        self._scheduler = BaseCompressionScheduler()
+        self._done = done
 
-    @property
-    def loss(self) -> PTCompressionLoss:
-        return self._loss
-
-    @property
-    def scheduler(self) -> Any:
-        return self._scheduler
-
-    def compression_stage(self) -> CompressionStage:
-        return CompressionStage.FULLY_COMPRESSED
-
-    def statistics(self, quickly_collected_only: bool = False) -> NNCFStatistics:
-        result = TechniqueStatistics()
-        result.register(self.name, TextStatistics(f"{self.name}, before the restructuring:\n{self._text}"))
-        return result
+    def _table(self) -> tuple[str, Statistics]:
+        return self.name, FinishedStatistics(self.name, self._done["table"], self._done["line"])
 
 
 class OrderedCompositeController(PTCompositeCompressionAlgorithmController):

@@ -90,9 +90,8 @@ class BatchLoader(PTInitializingDataLoader):
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
-        inputs, _ = next(iter(batches))
-        first = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
-        self._size = int(first.shape[0]) if torch.is_tensor(first) else 1
+        _, targets = next(iter(batches))  # not the inputs: rows of a point cloud are no samples
+        self._size = len(targets) if isinstance(targets, Sized) else 1
         super().__init__(batches)
 
     @property

@@ -20,7 +20,8 @@ from ..deploy.nodes import NodeSource, chain, cut
 from ..errors import ConfigError
 from ..modes import evaluating
 from ..tree.net import SigmaBNet
-from .nncf_v3 import as_inputs, strip
+from .nncf_v3_parts import as_inputs
+from .nncf_v3_state import strip
 
 
 def export(

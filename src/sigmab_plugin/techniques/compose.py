@@ -83,6 +83,13 @@ RULES: tuple[Rule, ...] = (
         "the masks belong to the layers as they were, and would be lost with them",
     ),
     Rule(
+        ("sigmab",),
+        ("filter_pruning",),
+        "the branches have been cut to their width already, and NNCF's groups of filters end where the leaves are "
+        "mixed: it would mask a few filters of the backbone alone and none in the branches. For narrower branches use "
+        "sigmab's 'active_ratio' or 'widths'",
+    ),
+    Rule(
         ("legonet",),
         RESTRUCTURING,
         "a codebook's blocks run across channels, so removing channels undoes them",

@@ -1,0 +1,132 @@
+"""``sigmab compress --config`` for files that list more than the tree: carried out by NNCF, whichever is installed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .options import load_model, open_data, read_sections
+
+if TYPE_CHECKING:
+    from ..hosts.nncf_file import Way
+    from ..hosts.nncf_v3 import SectionReport
+
+#: Options that change one field of the file's sigmab section.
+FIELDS = ("levels", "head", "active_ratio", "projection_dim")
+
+
+def lists_more_than_the_tree(args: argparse.Namespace) -> bool:
+    """Whether ``--config`` names a file with another algorithm than sigmab."""
+    if not args.config:
+        return False
+    sections, _ = read_sections(args.config)
+    return any(section["algorithm"] != "sigmab" for section in sections)
+
+
+def carry_out(args: argparse.Namespace, device: Any) -> None:
+    """Carry the file out, print what each section did, and save the network to ``--out``.
+
+    Raises:
+        ConfigError: an option that these files have no use for, or a file that the installed NNCF cannot carry out.
+        MissingDependencyError: a section needs NNCF.
+    """
+    from ..hosts.nncf_file import compress_from_file, way_of
+    from ..hosts.nncf_schema import check
+    from ..tuning.distributed import is_distributed
+    from .calibration import Labelled
+    from .folder import record_of
+    from .measure import check_fit, example_of, say, shows_progress
+
+    if args.preset:
+        raise ConfigError("give --config or --preset, not both")
+    if args.twin:
+        raise ConfigError(
+            f"--twin stands beside a tree alone, and {args.config} lists more: run its sigmab section by itself, or "
+            "`sigmab compare`"
+        )
+    if is_distributed():
+        raise ConfigError(
+            f"{args.config} lists more than a tree, which NNCF does in one process: leave torchrun out"
+        )
+    content = merged(args)
+    way = way_of(check(content))
+    model = load_model(args).to(device)
+    data = open_data(args)
+    check_fit(model, example_of(data, device), len(data.classes), args.data)
+    results = sys.stdout
+    if not args.json:
+        print(way, file=results, flush=True)
+
+    def on_section(report: SectionReport) -> None:
+        if not args.json:
+            print(report, file=results, flush=True)
+
+    batches = Labelled(data, args, device)
+    say(args, f"carrying out {args.config} over {batches.samples:,} samples")
+    with contextlib.redirect_stdout(sys.stderr):  # where NNCF logs and draws its bars
+        if way.kind != "techniques" and not shows_progress(args):
+            quieten_nncf(way)
+        result = compress_from_file(
+            content,
+            model,
+            calibration_data=batches,
+            train_data=batches,
+            on_section=on_section,
+            seed=args.seed,
+        )
+        result.save(args.out)
+    record_of(args).write(args.out)
+    if args.json:
+        record = {
+            "path": way.name,
+            "reason": way.reason,
+            "samples": batches.samples,
+            "sections": [
+                {"section": report.section, "text": report.text, "facts": report.facts}
+                for report in result.reports
+            ],
+            "files": {"network": str(args.out)},
+        }
+        print(json.dumps(record, indent=1), file=results)
+    else:
+        print(f"\nnetwork  {args.out}", file=results)
+
+
+def quieten_nncf(way: Way) -> None:
+    if way.kind == "config file":
+        from ..hosts.nncf_file import require_legacy_tracing
+        from ..hosts.nncf_schema import nncf_version
+
+        require_legacy_tracing(nncf_version())  # decides how nncf is imported
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+
+
+def merged(args: argparse.Namespace) -> dict[str, Any]:
+    """The file's content, with the options of :data:`FIELDS` and ``--seed`` in its sigmab section.
+
+    Raises:
+        ConfigError: an option of the tree, and no section to put it into.
+    """
+    from ..config import SigmaBConfig
+    from ..hosts.nncf_schema import read
+
+    sections, _ = read_sections(args.config)
+    given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    trees = [section for section in sections if section["algorithm"] == SigmaBConfig.algorithm]
+    if given and not trees:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"{options}: {args.config} has no sigmab section to change")
+    if args.seed:
+        given["seed"] = args.seed
+    for section in trees:
+        section.update(given)
+    content = read(args.config)
+    top = {} if "algorithm" in content else {key: content[key] for key in content if key != "compression"}
+    return {**top, "compression": sections}

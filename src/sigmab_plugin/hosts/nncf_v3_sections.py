@@ -1,0 +1,268 @@
+"""What each section of a config file runs, where NNCF is used by its functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError, ModelError
+from ..techniques.base import Context
+from ..techniques.compose import QUANTIZING
+from ..tree.net import SigmaBNet
+from .nncf_schema import Section, SectionError, covered_levels, parameter_line, tree_line, unknown_modules
+from .nncf_v3_arguments import (
+    ignored_scope,
+    part_ratios,
+    prune_filters,
+    pruning_arguments,
+    quantization_arguments,
+    weight_compression_arguments,
+)
+from .nncf_v3_parts import (
+    CalibrationInputs,
+    Part,
+    change_parts,
+    is_wrapped,
+    unwrapped_weights,
+    wrap_parts,
+    wrapped_parts,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all sections of one call share."""
+
+    scopes: tuple[str, ...]
+    target_device: str
+    example: tuple[Any, ...]
+    data: CalibrationInputs | None
+    per_leaf: bool
+    context: Context
+
+
+Runner = Callable[[nn.Module, Section, Run], tuple[nn.Module, str, dict[str, Any]]]
+
+
+def runner_of(entry: Section) -> Runner:
+    if entry.technique is not None:
+        return _technique
+    runners: dict[str, Runner] = {
+        "quantization": _quantize,
+        "weight_compression": _compress_weights,
+        "magnitude_sparsity": _magnitude_sparsity,
+        "filter_pruning": _filter_pruning,
+    }
+    if entry.algorithm not in runners:
+        raise SectionError(
+            f"{entry}: not available through NNCF's functions. Supported here: "
+            f"{', '.join(sorted(runners))}, and the installed techniques. NNCF 2.x has it in create_compressed_model."
+        )
+    known = _KEYS[entry.algorithm]
+    for key in entry.values:
+        if key not in known:
+            raise SectionError(f"{entry}: unknown key {key!r}. Known keys: {', '.join(sorted(known))}.")
+    _check_values(entry)
+    return runners[entry.algorithm]
+
+
+def _check_values(entry: Section) -> None:
+    """Read the section's values now, so that a wrong one stops the call before anything has run."""
+    if entry.algorithm == "quantization":
+        quantization_arguments(entry, (), "ANY")
+    elif entry.algorithm == "weight_compression":
+        weight_compression_arguments(entry, ())
+    elif entry.algorithm == "magnitude_sparsity":
+        sparsity_target(entry)
+    else:
+        pruning_arguments(entry)
+
+
+#: NNCF's own algorithms that its functions (or Torch-Pruning) carry out.
+FUNCTION_ALGORITHMS = ("filter_pruning", "magnitude_sparsity", "quantization", "weight_compression")
+_COMMON = {"algorithm", "ignored_scopes"}
+_KEYS = {
+    "quantization": {
+        *_COMMON, "preset", "initializer", "weights", "activations", "overflow_fix", "export_to_onnx_standard_ops",
+        "quantize_inputs", "quantize_outputs", "subset_size", "model_type", "target_scopes", "validate_scopes",
+        "scope_overrides", "compression_lr_multiplier",
+    },
+    "weight_compression": {
+        *_COMMON, "mode", "ratio", "group_size", "all_layers", "sensitivity_metric", "awq", "subset_size",
+        "scale_estimation", "gptq", "lora_correction", "backup_mode",
+    },
+    "magnitude_sparsity": {*_COMMON, "sparsity_init", "params", "initializer", "target_scopes", "validate_scopes"},
+    "filter_pruning": {*_COMMON, "pruning_init", "params", "initializer", "target_scopes", "validate_scopes"},
+}  # fmt: skip
+
+
+def check_model(model: nn.Module, config: Mapping[str, Any], entries: tuple[Section, ...]) -> None:
+    for entry in entries:
+        if entry.algorithm == "sigmab":
+            if isinstance(model, SigmaBNet):
+                raise ModelError(f"{entry}: the model is a SigmaB net already; give the dense network")
+            values: Any = entry.config
+            names = (*values.levels, values.head)
+            missing = unknown_modules(model, names)
+            if missing:
+                raise ConfigError(f"{entry}: {missing}. Is this config for another model?")
+            covered = covered_levels(model, as_list(config.get("ignored_scopes")), names)
+            if covered:
+                raise ConfigError(
+                    f"ignored_scopes cover {', '.join(map(repr, covered))}, which sigmab is to restructure. Scopes at "
+                    "the top of the file hold for every algorithm; move them into the section that is to ignore the "
+                    "layers."
+                )
+    for entry in entries:
+        if entry.algorithm != "filter_pruning":
+            continue
+        if isinstance(model, SigmaBNet):
+            raise SectionError(
+                f"{entry}: the model is a SigmaB net, whose branches have been cut to their width already. Prune the "
+                "dense network and restructure it then: filter_pruning before sigmab in one file."
+            )
+        if any(earlier.algorithm in QUANTIZING for earlier in entries[: entry.position]):
+            raise SectionError(
+                "filter_pruning after quantization: filters are removed first, then the rest is quantized"
+            )
+
+
+def _technique(network: nn.Module, entry: Section, run: Run) -> tuple[nn.Module, str, dict[str, Any]]:
+    assert entry.technique is not None
+    dense = baked(network, run.example)
+    before = sum(p.numel() for p in dense.parameters())
+    result = entry.technique.apply(dense, entry.config, run.context)
+    if isinstance(result, SigmaBNet):
+        counts = result.parameter_counts()
+        facts: dict[str, Any] = {"dense": before, "stored": counts.total, "active": counts.active}
+        return result, tree_line(before, counts.total, counts.active, len(result.leaves)), facts
+    after = sum(p.numel() for p in result.parameters())
+    return result, parameter_line(before, after), {"before": before, "after": after}
+
+
+def _quantize(network: nn.Module, entry: Section, run: Run) -> tuple[nn.Module, str, dict[str, Any]]:
+    import nncf
+
+    arguments, samples = quantization_arguments(entry, run.scopes, run.target_device)
+    result = wrap_parts(network)
+    assert run.data is not None
+
+    def quantize(part: Part) -> nn.Module:
+        source = part.batches(samples)
+        quantized: nn.Module = nncf.quantize(
+            part.module, nncf.Dataset(source), subset_size=len(source), **arguments(part)
+        )
+        return quantized
+
+    result, count = _each_part(result, run, quantize)
+    where = "each on the samples that reach it" if run.per_leaf and len(count) > 1 else "on all samples"
+    quantizers = _hooks(result)
+    text = f"{quantizers} quantizers in {len(count)} part(s), calibrated {where} (up to {samples})"
+    return result, text, {"quantizers": quantizers, "samples": count}
+
+
+def _each_part(
+    network: nn.Module, run: Run, change: Callable[[Part], nn.Module]
+) -> tuple[nn.Module, dict[str, int]]:
+    return change_parts(network, run.data or [run.example], change, per_leaf=run.per_leaf)
+
+
+def _compress_weights(network: nn.Module, entry: Section, run: Run) -> tuple[nn.Module, str, dict[str, Any]]:
+    import nncf
+
+    arguments = weight_compression_arguments(entry, run.scopes)
+    result = wrap_parts(network)
+    before = sum(t.numel() * t.element_size() for t in result.state_dict().values())
+
+    def reduce(part: Part) -> nn.Module:
+        source = part.batches(int(entry.values.get("subset_size", 128)))
+        compressed: nn.Module = nncf.compress_weights(
+            part.module, dataset=nncf.Dataset(source), **arguments(part)
+        )
+        return compressed
+
+    result, _ = _each_part(result, run, reduce)
+    after = sum(t.numel() * t.element_size() for t in result.state_dict().values())
+    return (
+        result,
+        f"{before:,} bytes of weights became {after:,}",
+        {"bytes_before": before, "bytes_after": after},
+    )
+
+
+def _magnitude_sparsity(
+    network: nn.Module, entry: Section, run: Run
+) -> tuple[nn.Module, str, dict[str, Any]]:
+    import nncf
+
+    if not hasattr(nncf, "prune"):
+        raise SectionError(f"{entry}: this NNCF has no nncf.prune; it comes with NNCF 2.19")
+    ratio = sparsity_target(entry)
+    everywhere = entry.values.get("params", {}).get("weight_importance", "normed_abs") == "abs"
+    result = wrap_parts(network)
+    ratios = part_ratios(result, ratio) if everywhere else {}
+    mode = (
+        nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
+        if everywhere
+        else nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL
+    )
+
+    def mask(part: Part) -> nn.Module:
+        own = ratios.get(part.name, ratio)
+        # A router is one or two per cent of a path's weights and decides where every sample goes: it keeps them all.
+        if part.is_router or not 0.0 < own < 1.0:
+            return part.module
+        pruned: nn.Module = nncf.prune(
+            part.module,
+            mode=mode,
+            ratio=own,
+            ignored_scope=ignored_scope(part, entry, run.scopes),
+            examples_inputs=part.example,
+        )
+        return pruned
+
+    result, count = _each_part(result, run, mask)
+    scope = "one threshold for the whole network" if everywhere else "in every layer"
+    text = f"{100 * ratio:.0f} % of the weights masked by magnitude, {scope}, in {len(count)} part(s)"
+    return result, text, {"ratio": ratio, "parts": len(count)}
+
+
+def sparsity_target(entry: Section) -> float:
+    """The sparsity at which the schedule of a 2.x section ends."""
+    params = entry.values.get("params", {})
+    levels = params.get("multistep_sparsity_levels")
+    target = params.get("sparsity_target", levels[-1] if levels else 0.5)
+    if not 0.0 < target < 1.0:
+        raise SectionError(f"{entry}: the target sparsity must lie between 0 and 1; got {target}")
+    return float(target)
+
+
+def _filter_pruning(network: nn.Module, entry: Section, run: Run) -> tuple[nn.Module, str, dict[str, Any]]:
+    dense = baked(network, run.example)
+    before = sum(p.numel() for p in dense.parameters())
+    result, ratio = prune_filters(dense, entry, run.scopes, run.example)
+    after = sum(p.numel() for p in result.parameters())
+    text = f"Torch-Pruning removed {100 * ratio:.0f} % of the filters: {before:,} parameters became {after:,}"
+    return result, text, {"before": before, "after": after, "ratio": ratio}
+
+
+def baked(network: nn.Module, example: tuple[Any, ...]) -> nn.Module:
+    """``network`` with masks and quantizers fixed in its weights and no hooks; itself if it has none."""
+    return unwrapped_weights(network) if is_wrapped(network) else network
+
+
+def _hooks(network: nn.Module) -> int:
+    from nncf.torch.function_hook.wrapper import get_hook_storage
+
+    return sum(
+        len({id(hook) for _, hook in get_hook_storage(module).named_hooks()})
+        for _, module in wrapped_parts(network)
+        if is_wrapped(module)
+    )
+
+
+def as_list(value: Any) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
