@@ -1,14 +1,19 @@
 """SigmaB and int8 together, in one run: accuracy, bytes and latency of five networks in two runtimes.
 
-A small ResNet is trained on scikit-learn's digits (real, offline) and taken through NNCF 3's functions:
+Trained networks are taken through NNCF 3's functions:
 
 * ``dense`` and ``dense + int8``;
 * ``sigmab`` and ``sigmab + int8``, calibrated per leaf, and with shared statistics for comparison;
-* ``twin + int8``: the static twin, one path of the same shape cut by Torch-Pruning's dependency graph.
+* ``twin`` and ``twin + int8``: the static twin, one path of the same shape cut by Torch-Pruning's dependency graph.
 
-Every network gets the same number of training epochs. Example::
+Without ``--networks`` a small ResNet is trained here on scikit-learn's digits (real, offline), every network for the
+same number of epochs. With it, the networks are those that ``benchmarks/run.py`` has trained::
 
     python benchmarks/nncf_int8.py --output benchmarks/results/nncf_int8.json
+    python benchmarks/run.py keywords --data FOLDER --out runs/keywords
+    python benchmarks/nncf_int8.py --experiment keywords --data FOLDER --networks runs/keywords --output FILE
+
+Latencies are worth what the machine's load allows; it is recorded beside them.
 """
 
 from __future__ import annotations
@@ -16,11 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +37,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
 
 Data = tuple[torch.Tensor, torch.Tensor]
 
@@ -112,28 +122,93 @@ def runtimes(net: nn.Module, data: Data, work: Path, *, quantized: bool, repeats
     return facts
 
 
-def run(epochs: int, repeats: int, width: float) -> dict[str, Any]:
-    import nncf
+@dataclass(frozen=True)
+class Subject:
+    """Trained networks in eval mode, and the data they were trained for.
 
+    Attributes:
+        batches: calibration batches ``(inputs, targets)``; test: inputs and targets; facts: for the record.
+    """
+
+    dense: nn.Module
+    tree: Any
+    twin: nn.Module
+    batches: list[Data]
+    test: Data
+    facts: dict[str, Any]
+
+
+def trained_on_digits(epochs: int, width: float) -> Subject:
+    """A ResNet, its tree and its twin, trained now."""
     from sigmab_plugin import SigmaBConfig, static_twin
     from sigmab_plugin.hosts.nncf_v3 import compress
     from sigmab_plugin.models import BasicBlock, ResNet
 
-    nncf.set_log_level(logging.ERROR)
     torch.manual_seed(0)
     train_data, test_data = digits()
     batches = [(x, y) for x, y in zip(train_data[0].split(64), train_data[1].split(64), strict=True)]
-    calibration = nncf.Dataset(batches, lambda batch: batch[0])
     section = {"algorithm": "sigmab", "levels": ["layer3", "layer4"], "head": "fc", "projection_dim": 32}
-    int8 = {"algorithm": "quantization", "preset": "mixed", "subset_size": 512}
     make = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, stem="cifar", width=width, in_channels=1)
     dense = train(make, train_data, 2 * epochs, 3e-3)
-    tree = compress(dense, {"compression": section}, calibration)
+    tree = compress(dense, {"compression": section}, [x for x, _ in batches])
     train(tree, train_data, epochs, 1e-3)
     config = SigmaBConfig.from_dict(section)
     twin = static_twin(dense, train_data[0][:8], config=config, calibration_data=batches)
     train(twin, train_data, epochs, 1e-3)
     train(dense, train_data, epochs, 1e-3)
+    facts = {
+        "data": f"scikit-learn digits, {len(train_data[1])} training and {len(test_data[1])} test images",
+        "epochs": {"dense": 3 * epochs, "tree and twin": epochs, "after quantization": 0},
+    }
+    return Subject(dense, tree, twin, batches, test_data, facts)
+
+
+def trained_before(
+    experiment_name: str, data: list[str], networks: Path, *, seed: int, arms: tuple[str, str], cache: Path
+) -> Subject:
+    """What ``benchmarks/run.py`` has left in ``networks``; nothing is trained here.
+
+    The structure of tree and twin is made again from the dense network and the seed, then the weights are loaded.
+    """
+    from accuracy.arms import build_arm
+    from accuracy.experiments import open_experiment
+    from sigmab_plugin.tuning import load_weights
+
+    recipe = json.loads((HERE / "recipes" / f"{experiment_name}-cpu.json").read_text())
+    experiment = open_experiment(recipe, data, cache)
+    dense = experiment.model(seed)
+    load_weights(networks / f"dense-seed{seed}" / "last.safetensors", dense)
+    dense.eval()
+    built = []
+    for arm in arms:
+        torch.manual_seed(seed)
+        net = build_arm(experiment, recipe, recipe["arms"][arm], dense, seed=seed)
+        load_weights(networks / f"{arm}-seed{seed}" / "last.safetensors", net)
+        built.append(net.eval())
+    batches = list(experiment.batches(experiment.train, batch_size=64))
+    inputs, targets = zip(*experiment.batches(experiment.test), strict=True)
+    facts = {
+        "data": f"{experiment_name}, {len(experiment.train)} training and {len(experiment.test)} test samples",
+        "note": recipe["note"],
+        "arms": {"tree": arms[0], "twin": arms[1], "seed": seed},
+        "epochs": {
+            "dense": recipe["dense"]["epochs"],
+            "tree and twin": recipe["finetune"]["epochs"],
+            "after quantization": 0,
+        },
+    }
+    return Subject(dense, built[0], built[1], batches, (torch.cat(inputs), torch.cat(targets)), facts)
+
+
+def run(subject: Subject, repeats: int) -> dict[str, Any]:
+    import nncf
+
+    from sigmab_plugin.hosts.nncf_v3 import compress
+
+    nncf.set_log_level(logging.ERROR)
+    calibration = nncf.Dataset(subject.batches, lambda batch: batch[0])
+    int8 = {"algorithm": "quantization", "preset": "mixed", "subset_size": 512}
+    dense, tree, twin, test_data = subject.dense, subject.tree, subject.twin, subject.test
     quantize = {"compression": int8}
     networks: dict[str, tuple[nn.Module, bool]] = {
         "dense": (dense, False),
@@ -141,8 +216,10 @@ def run(epochs: int, repeats: int, width: float) -> dict[str, Any]:
         "sigmab": (tree, False),
         "sigmab + int8, per leaf": (compress(tree, quantize, calibration), True),
         "sigmab + int8, shared": (compress(tree, quantize, calibration, per_leaf_calibration=False), True),
+        "twin": (twin, False),
         "twin + int8": (compress(twin, quantize, calibration), True),
     }
+    before = os.getloadavg()[0]
     rows = []
     for name, (net, quantized) in networks.items():
         with tempfile.TemporaryDirectory() as work:
@@ -150,21 +227,33 @@ def run(epochs: int, repeats: int, width: float) -> dict[str, Any]:
         rows.append({"network": name, "torch_accuracy": accuracy(net, test_data), **facts})
         print(json.dumps(rows[-1]), flush=True)
     return {
-        "command": " ".join(["python", *sys.argv]),
-        "data": "scikit-learn digits, 1078 training and 719 test images",
-        "epochs": {"dense": 3 * epochs, "tree and twin": epochs, "after quantization": 0},
+        "command": " ".join(["python", "benchmarks/nncf_int8.py", *public(sys.argv[1:])]),
+        **subject.facts,
         "versions": {
             name: version(name) for name in ("torch", "nncf", "openvino", "onnxruntime", "torch-pruning")
         },
         "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average": [round(load, 1) for load in (before, os.getloadavg()[0])],
         "leaf_shares": tree.route(test_data[0]).bincount(minlength=4).tolist(),
         "rows": rows,
     }
 
 
+def public(words: list[str]) -> list[str]:
+    """The command for the record, without the folders of this machine."""
+    return [
+        Path(word).name if before in ("--data", "--networks", "--cache", "--output") else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
 def table(result: dict[str, Any]) -> str:
+    first, last = result["load_average"]
+    load = f"{result['cores']} cores, load {first} to {last}"
     lines = [
-        "| network | torch | OpenVINO | ONNX Runtime | stored kB | active kB | OpenVINO ms | ONNX Runtime ms |",
+        "| network | torch | OpenVINO | ONNX Runtime | stored kB | active kB "
+        f"| OpenVINO ms ({load}) | ONNX Runtime ms ({load}) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -184,10 +273,28 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=300, help="inferences per latency")
     parser.add_argument("--width", type=float, default=0.5, help="of the ResNet; 1 is 64 to 512 channels")
+    parser.add_argument("--experiment", default="digits", choices=("digits", "keywords", "cifar100"))
+    parser.add_argument("--data", action="append", default=[], help="folder or file of the experiment's data")
+    parser.add_argument("--networks", type=Path, help="folder of checkpoints of benchmarks/run.py")
+    parser.add_argument(
+        "--arms", nargs=2, default=("sigmab-teacher", "twin-teacher"), metavar=("TREE", "TWIN")
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the networks in --networks")
+    parser.add_argument("--cache", type=Path, default=HERE / "cache", help="folder of decoded data")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result = run(args.epochs, args.repeats, args.width)
+    if args.networks is not None:
+        subject = trained_before(
+            args.experiment, args.data, args.networks, seed=args.seed, arms=tuple(args.arms), cache=args.cache
+        )
+    elif args.experiment == "digits":
+        subject = trained_on_digits(args.epochs, args.width)
+    else:
+        parser.error(
+            f"--experiment {args.experiment} needs --networks, the folder that benchmarks/run.py wrote"
+        )
+    result = run(subject, args.repeats)
     print(table(result))
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -23,15 +23,15 @@ POINTS = ("PointNet2", {"num_classes": 4})
 DIGITS = ("cifar_resnet18", {"num_classes": 10, "width": 0.0625, "in_channels": 1})
 
 
-def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*words: str, command: str = "compress") -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, which has not imported NNCF."""
     env = {key: value for key, value in os.environ.items() if key != "NNCF_TORCH_LEGACY_TRACING"}
     code = "import sys; from sigmab_plugin.cli import main; sys.exit(main())"
     return subprocess.run(
-        [sys.executable, "-c", code, "compress", *words, "--threads", "1"],
+        [sys.executable, "-c", code, command, *words, "--threads", "1"],
         capture_output=True,
         text=True,
-        env={**env, **environment},
+        env=env,
         check=False,
     )
 
@@ -135,6 +135,13 @@ def test_saved_network_is_read_again(nncf_major: int, tmp_path: Path, sections: 
     assert all(torch.equal(own[name], tensor) for name, tensor in weights.items())
     with torch.no_grad():
         assert torch.equal(restored[0](images), restored[1](images))
+    evaluated = run(str(out), "--data", "digits", command="evaluate")
+    if nncf_major == 2:
+        assert evaluated.returncode == 2
+        assert "was written by NNCF 2.x: read it with create_compressed_model" in evaluated.stderr
+    else:
+        assert evaluated.returncode == 0, evaluated.stderr[-3000:]
+        assert "SigmaB" in evaluated.stdout
     assert any("quantiz" in type(module).__name__.lower() for module in restored[0].modules())
 
 

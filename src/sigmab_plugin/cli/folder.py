@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 RECORD = "sigmab.json"
 TWIN = "twin.safetensors"
 LOG, TWIN_LOG = "log.json", "twin-log.json"
+#: What NNCF's functions, and NNCF 2.x's config path, leave beside the weights.
+FUNCTIONS_STATE, CONFIG_STATE = "nncf.json", "compression_state.json"
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,28 @@ def read_record(folder: Path, args: argparse.Namespace) -> Record:
 
 
 def open_net(folder: Path, record: Record, device: Any) -> SigmaBNet:
-    """The saved net, in eval mode on ``device``."""
+    """The saved net, in eval mode on ``device``; with NNCF's quantizers and masks where ``compress`` has added some.
+
+    Raises:
+        ConfigError: NNCF 2.x wrote the folder.
+        MissingDependencyError: the folder needs NNCF.
+    """
     from ..tree import load
 
-    return load(folder, build_model(record.model, record.model_args), device=device)
+    if (folder / CONFIG_STATE).is_file():
+        raise ConfigError(
+            f"{folder} was written by NNCF 2.x: read it with create_compressed_model(model, config, "
+            f"compression_state=...) and {CONFIG_STATE}, then load model.safetensors"
+        )
+    dense = build_model(record.model, record.model_args)
+    if (folder / FUNCTIONS_STATE).is_file():
+        from ..hosts import nncf_v3
+        from ..hosts.nncf_schema import nncf_version
+
+        nncf_version()
+        with redirect_stdout(sys.stderr):  # where NNCF logs
+            return nncf_v3.load(folder, dense).to(device)
+    return load(folder, dense, device=device)
 
 
 def open_dense(record: Record, device: Any) -> nn.Module | None:
