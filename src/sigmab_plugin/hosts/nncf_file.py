@@ -317,11 +317,15 @@ def with_input_info(loaded: dict[str, Any], calibration_data: Iterable[Any] | No
     ranks = [len(entry.get("sample_size", ())) for entry in listed]
     if ranks == [value.ndim for value in inputs]:
         return loaded
+    if len(inputs) == 1:
+        shapes = [[min(2, len(inputs[0])), *inputs[0].shape[1:]]]
+    else:  # rows of one input may belong to rows of another
+        shapes = [list(value.shape) for value in inputs]
     described = [
-        {"sample_size": list(value.shape)}
+        {"sample_size": shape}
         if value.is_floating_point()
-        else {"sample_size": list(value.shape), "type": "long", "filler": "zeros"}
-        for value in inputs
+        else {"sample_size": shape, "type": "long", "filler": "zeros"}
+        for shape, value in zip(shapes, inputs, strict=True)
     ]
     if listed:
         _log.info("input_info is taken from the data: the file has dimensions %s", ranks)
