@@ -1,4 +1,4 @@
-"""Figure of ``deploy.py``'s JSON: latency against bandwidth, and bytes moved per inference.
+"""Figure of ``deploy.py``'s JSON: latency against bandwidth, and bytes moved per inference, in ONNX Runtime.
 
 python benchmarks/deploy_figure.py benchmarks/results/deploy.json docs/deployment.svg
 """
@@ -28,7 +28,11 @@ STYLES = {
 
 def main(source: Path, target: Path) -> None:
     body: dict[str, Any] = json.loads(source.read_text())
-    rows = [row for row in body["rows"] if row["mode"].startswith("streamed")]
+    rows = [
+        row
+        for row in body["rows"]
+        if row["mode"].startswith("streamed") and row["backend"] == "onnxruntime" and "note" not in row
+    ]
     cases = sorted({(row["case"], row["backend"]) for row in rows})
     figure, axes = plt.subplots(2, len(cases), figsize=(3.6 * len(cases), 6.4), squeeze=False)
     for column, (case, backend) in enumerate(cases):

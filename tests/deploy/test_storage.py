@@ -151,3 +151,29 @@ def test_a_broken_parent_leaves_no_guess_behind(own_bundle: Path, images: Tensor
         while runner.statistics().resident_bytes and time.monotonic() < deadline:
             time.sleep(0.01)
         assert runner.statistics().resident_bytes == 0
+
+
+def test_a_read_that_failed_before_the_call_is_not_its_fault(
+    own_bundle: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root is prefetched while its file is short; the file is whole when the call comes."""
+    file = own_bundle / read_manifest(own_bundle).node("").weights.file
+    whole = file.read_bytes()
+    with Runner(own_bundle) as runner:
+        answer = runner(images[:1])
+        runner.drop()
+        file.write_bytes(whole[:100])
+        residency = runner._residency
+        with residency._changed:  # the failed read stays to be found
+            monkeypatch.setattr(residency.reader, "_finished", lambda job: None)
+            assert residency.prefetch("")
+            job = residency._slots[""].job
+        assert job is not None
+        assert job.done.wait(10)
+        assert job.error is not None
+        monkeypatch.undo()
+        with pytest.raises(FormatError, match="truncated"):
+            runner(images[:1])  # still short: this call's own read says so
+        file.write_bytes(whole)
+        np.testing.assert_array_equal(runner(images[:1]), answer)
+        assert runner.statistics().faults == 1

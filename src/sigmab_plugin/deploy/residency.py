@@ -119,17 +119,22 @@ class Residency:
 
     def _wait_until_bound(self, slot: _Slot, underway: Callable[[], None] | None) -> None:
         ticket = object()
+        mine: Job | None = None
         self._queue.append(ticket)
         try:
             while slot.bound is None:
                 if self._closed:
                     raise SigmaBError("the runner is closed")
+                if mine is not None and mine.done.is_set() and mine.error is not None:
+                    if slot.job is mine:
+                        self._forget(slot)
+                    raise mine.error
                 if slot.job is None:
                     if ticket not in self._queue:  # the read that it relied on was cancelled
                         self._queue.append(ticket)
                     # First come, first served: a large node must not starve behind small ones.
                     if self._queue[0] is ticket and self._make_room(slot.cost, prefetch=False):
-                        self._start(slot, DEMAND)
+                        mine = self._start(slot, DEMAND)
                     else:
                         self._changed.wait()
                     continue
@@ -144,6 +149,11 @@ class Residency:
                 if not job.done.is_set() or slot.binding:
                     self._changed.wait()
                     continue
+                if job.error is not None or job.cancelled:
+                    # A read that began before this call failed; the file may be whole by now.
+                    if job is not mine or job.error is None:
+                        self._forget(slot)
+                    continue
                 self._take(slot, job)
         finally:
             if ticket in self._queue:
@@ -153,12 +163,7 @@ class Residency:
             underway()
 
     def _take(self, slot: _Slot, job: Job) -> None:
-        """A read has ended: bind the weights, or raise what went wrong."""
-        if job.error is not None or job.cancelled:
-            self._forget(slot)
-            if job.error is not None:
-                raise job.error
-            return
+        """A read has ended well: bind the weights."""
         slot.binding = True
         buffer, job.buffer = job.buffer, None
         self._changed.release()
@@ -235,11 +240,12 @@ class Residency:
         self.reader.close()
         self.drop_all()
 
-    def _start(self, slot: _Slot, priority: int, rank: int = 0) -> None:
+    def _start(self, slot: _Slot, priority: int, rank: int = 0) -> Job:
         slot.job = Job(slot.node, priority, rank)
         self.resident_bytes += slot.cost
         self.peak_resident_bytes = max(self.peak_resident_bytes, self.resident_bytes)
         self.reader.submit(slot.job)
+        return slot.job
 
     def _finished(self, job: Job) -> None:
         with self._changed:

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+from ...errors import ModelError
 from ..bundle import Artefact, Options
 from ..nodes import NodeSource
 from ..onnx_graph import export_node, require
@@ -30,6 +31,11 @@ _DTYPES = {
 def export_artefact(source: NodeSource, options: Options) -> Artefact:
     ov = require("openvino")
     model = ov.Core().read_model(export_node(source, modality=options.modality).SerializeToString(), b"")
+    if len(model.inputs) != len(source.inputs):
+        raise ModelError(
+            f"{source} cannot be exported to OpenVINO: it takes {len(source.inputs)} inputs "
+            f"({', '.join(source.inputs)}) and uses {len(model.inputs)}; OpenVINO drops the others"
+        )
     for port, name in zip(model.inputs, source.inputs, strict=True):
         port.get_tensor().set_names({name})
     with tempfile.TemporaryDirectory(prefix="sigmab-") as work:
