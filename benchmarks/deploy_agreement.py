@@ -6,7 +6,7 @@ checkpoint of it (safetensors), without which it keeps its random initialisation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ class Images:
         return net
 
 
-def agreement(images: Images, cache: Path, backends: Sequence[str], threads: int) -> list[Row]:
-    """One row per backend: largest difference of logits, share of equal leaves, accuracy on both sides."""
+def agreement(images: Images, cache: Path, backends: Sequence[str], threads: int) -> Iterator[Row]:
+    """One row per backend, as it is done: difference of logits, share of equal leaves, accuracy."""
     torch.set_num_threads(threads)
     net = images.network()
     x, labels = images.split("test", images.count)
@@ -80,7 +80,6 @@ def agreement(images: Images, cache: Path, backends: Sequence[str], threads: int
         "leaf_counts": np.bincount(leaves, minlength=len(net.leaves)).tolist(),
         "correct_torch": float((wanted.argmax(1) == labels.numpy()).mean()),
     }
-    rows = []
     for backend in backends:
         found: dict[str, Any] = {**common, "backend": backend}
         target = cache / f"agreement-{BACKENDS[backend]}"
@@ -89,19 +88,16 @@ def agreement(images: Images, cache: Path, backends: Sequence[str], threads: int
             with Runner(target, backend=backend, threads=threads) as runner:
                 got = [runner.run(part) for part in x.split(50)]
         except SigmaBError as error:
-            rows.append({**found, "note": str(error).partition("\n")[0]})
+            yield {**found, "note": str(error).partition("\n")[0]}
             continue
         logits = np.concatenate([g.logits for g in got])
         same = np.concatenate([g.leaves for g in got]) == leaves
         apart = np.abs(logits - wanted).max(axis=1)
-        rows.append(
-            {
-                **found,
-                "difference": float(apart.max()),
-                "difference_on_same_leaf": float(apart[same].max()),
-                "same_leaf": float(same.mean()),
-                "other_leaf": int((~same).sum()),
-                "correct": float((logits.argmax(1) == labels.numpy()).mean()),
-            }
-        )
-    return rows
+        yield {
+            **found,
+            "difference": float(apart.max()),
+            "difference_on_same_leaf": float(apart[same].max()),
+            "same_leaf": float(same.mean()),
+            "other_leaf": int((~same).sum()),
+            "correct": float((logits.argmax(1) == labels.numpy()).mean()),
+        }

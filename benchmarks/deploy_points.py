@@ -68,7 +68,7 @@ class _Tail(nn.Module):
     def forward(self, x: Tensor, pos: Tensor, batch: Tensor) -> Tensor:
         pooled = self.mlp(torch.cat([x, pos], dim=1)).amax(0, keepdim=True)
         # The one cloud's number is 0: OpenVINO drops inputs that nothing uses.
-        logits: Tensor = self.end(pooled + batch.amax().to(x.dtype))
+        logits: Tensor = self.end(pooled + batch.amax(0).to(x.dtype))
         return logits
 
 
