@@ -12,6 +12,7 @@ TABLES = [
     ("docs/legonet.md", "legonet-digits.json"),
     ("docs/legonet.md", "legonet-speed.json"),
     ("docs/combining.md", "compose.json"),
+    ("docs/depth-pruning.md", "depth_pruning.json"),
     ("docs/mix-and-match.md", "mix_and_match-digits.json"),
 ]
 
