@@ -31,6 +31,9 @@ class TechniqueStatistics(NNCFStatistics):
     def __iter__(self) -> Iterator[tuple[str, Statistics]]:
         return iter([*super().__iter__(), *self._others.items()])
 
+    def to_str(self) -> str:
+        return "\n\n".join(statistics.to_str() for _, statistics in self)
+
     def __getattr__(self, name: str) -> Statistics:
         others = self.__dict__.get("_others", {})
         if name in others:
