@@ -45,6 +45,8 @@ TITLES = {
     "sigmab-ours": "SigmaB + teacher, frozen backbone, inner channels by activation",
     "sigmab-frozen-teacher": "SigmaB + teacher, frozen backbone",
     "twin-frozen-teacher": "static twin + teacher, frozen backbone",
+    "twin-ours": "static twin + teacher, frozen backbone, inner channels by activation",
+    "twin-equal-frozen-teacher": "static twin of the tree's active size + teacher, frozen backbone",
     "random-partition": "SigmaB, the paper's loss, random partition",
     "lambda-0": "SigmaB, the paper's loss, λ = 0",
 }
@@ -168,9 +170,12 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
         ("sigmab", "twin"),
         ("sigmab-teacher", "twin-teacher"),
         ("sigmab-ours", "twin-frozen-teacher"),
+        ("sigmab-ours", "twin-ours"),
+        ("sigmab-ours", "twin-equal-frozen-teacher"),
         ("sigmab-frozen-teacher", "twin-frozen-teacher"),
         ("sigmab-teacher", "twin-equal-teacher"),
         ("sigmab-teacher", "pruned-magnitude-teacher"),
+        ("sigmab-teacher", "pruned-taylor-teacher"),
         ("sigmab", "random-partition"),
         ("sigmab", "lambda-0"),
     )
