@@ -5,7 +5,8 @@
     python benchmarks/report.py --check README.md  # fail if a table there differs from the results
 
 Markers: ``<!-- results: NAME -->`` … ``<!-- end results -->`` hold everything about one experiment, NAME being a folder
-of ``benchmarks/results`` or ``speed``; ``<!-- results:begin -->`` … ``<!-- results:end -->`` hold all short tables.
+of ``benchmarks/results``, ``speed`` or ``deploy``; ``<!-- results:begin -->`` … ``<!-- results:end -->`` hold all
+short tables.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from deploy_table import deploy_table  # noqa: E402
 from speed_table import speed_table  # noqa: E402
 
 RESULTS = HERE / "results"
-SPEED = "speed"
+OTHER_TABLES = {"speed": speed_table, "deploy": deploy_table}
 FORMAT = 1
 Result = dict[str, Any]
 
@@ -85,8 +87,8 @@ def read_results(folder: Path) -> dict[str, list[Result]]:
 
 def details(folder: Path) -> str:
     """Markdown: one row per arm, paired differences, what the average hides, and how the figures were made."""
-    if folder.name == SPEED:
-        return speed_table(folder.parent)
+    if folder.name in OTHER_TABLES:
+        return OTHER_TABLES[folder.name](folder.parent)
     results = read_results(folder)
     parts = [_table(results), *_differences(results), _robustness(results), _provenance(results)]
     return "\n\n".join(parts) + "\n"
