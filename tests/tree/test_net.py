@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sigmab_plugin import SigmaBNet, SigmaBPruner
+from sigmab_plugin import SigmaBNet, SigmaBPruner, static_twin
 from sigmab_plugin.errors import ConfigError
 from sigmab_plugin.tree.segments import call
 
@@ -232,6 +232,45 @@ def test_inner_planes_per_cluster(name: str) -> None:
     assert all(same[group] == other[group] for group in inner)
     assert all(left[group] == same[group] for group in left if group in outputs)
     assert not any(m._forward_pre_hooks for m in by_activation.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit", "pointnet2", "mobilenet_v2"])
+def test_the_twin_chooses_inner_planes_as_the_tree_does(name: str) -> None:
+    """By mean activation over all data, so that a tree that does so has a control that does, too."""
+    case = next(case for case in CASES if case.name == name)
+    model, batches = case.model(), case.batches()
+    by_norm, by_activation = (
+        static_twin(model, batches[0], config=config, calibration_data=batches, **case.options)
+        for config in (case.config, case.config.replace(inner_selection="activation"))
+    )
+    shapes = [{n: t.shape for n, t in twin.state_dict().items()} for twin in (by_norm, by_activation)]
+    assert shapes[0] == shapes[1]
+    other = by_activation.state_dict()
+    assert any(not torch.equal(t, other[n]) for n, t in by_norm.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in by_activation.modules())
+
+
+def test_the_twins_inner_planes_are_the_most_active() -> None:
+    model, batches = RESNET.model().eval(), RESNET.batches()
+    config = RESNET.config.replace(inner_selection="activation")
+    twin = static_twin(model, batches[0], config=config, calibration_data=batches, **RESNET.options)
+    level = config.levels[0]
+    dense = model.get_submodule(f"{level}.0.conv2")
+    seen: list[torch.Tensor] = []
+    hook = dense.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].mean(dim=(2, 3))))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    hook.remove()
+    kept = next(m for n, m in twin.named_modules() if n.endswith(f"{level}.0.conv2"))
+    best = torch.cat(seen).mean(0).topk(kept.in_channels).indices.sort().values
+    outputs = [
+        index
+        for index, row in enumerate(dense.weight[:, best])
+        for own in kept.weight
+        if torch.equal(row, own)
+    ]
+    assert len(outputs) == kept.out_channels
 
 
 def test_user_given_segments(tmp_path: Any) -> None:

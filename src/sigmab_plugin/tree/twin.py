@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..config import SigmaBConfig
 from ..modes import evaluating
 from .allocation import top_channels
 from .calibration import Calibration
+from .inner import InnerActivations
 from .plan import paths_at, prefixes
 from .prepare import Prepared, channel_means, prepare
 from .segments import call
@@ -50,7 +52,8 @@ def static_twin(
     """One path of the same shape as SigmaB's, without routers: the control at equal active parameters.
 
     Output channels are those of largest mean activation over all data; inner ones are chosen as in
-    SigmaB's branches. Where branches differ in width, the largest leaf's widths are taken.
+    SigmaB's branches: by norm, or by mean activation with ``inner_selection="activation"``. Where
+    branches differ in width, the largest leaf's widths are taken.
 
     Args:
         options: tracing options, as in :func:`sigmab_plugin.tree.prepare.prepare`.
@@ -65,29 +68,51 @@ def build_twin(prepared: Prepared, calibration_data: Iterable[Any] | None) -> St
     """One path with the widths of the largest leaf; output channels by their mean activation over all data."""
     calibration = Calibration(calibration_data, prepared.example)
     segments = prepared.segments
+    by_activation = prepared.config.inner_selection == "activation"
+    recorders = [
+        InnerActivations(
+            block, level, [g for g in prepared.owned(level) if by_activation and not g.is_output()]
+        )
+        for level, block in enumerate(segments.levels)
+    ]
     with evaluating(segments.backbone, *segments.tail):
-        sums: list[torch.Tensor | None] = [None] * prepared.depth
-        count = 0
-        for inputs in calibration.batches():
-            frontier = call(segments.backbone, inputs)
-            count += prepared.modalities[0].size(frontier)
-            for level, block in enumerate(segments.levels):
-                frontier = call(block, frontier)
-                total = prepared.modalities[level + 1].pool(frontier).double().sum(dim=0).cpu()
-                previous = sums[level]
-                sums[level] = total if previous is None else previous + total
+        means = _mean_rows(prepared, calibration, recorders)
         leaf = max(paths_at(prepared.depth), key=lambda path: _channels(prepared, path))
         keep: dict[str, torch.Tensor] = {}
         for number, branch in enumerate([*prefixes(leaf), leaf]):
             for group in prepared.owned(number):
                 score = prepared.scores[group.name]
                 if group.is_output():
-                    mean = sums[number]
-                    assert mean is not None
-                    score = channel_means(group, (mean / count).unsqueeze(0), number + 1)[0]
+                    score = channel_means(group, means[number].unsqueeze(0), number + 1)[0]
+                elif number < prepared.depth and group.name in recorders[number].columns:
+                    planes = means[number][prepared.features[number + 1] :]
+                    score = planes[recorders[number].columns[group.name]]
                 keep[group.name] = top_channels(score, prepared.width(group, branch), group.partitions)
         tail = [prepared.sliced(number, keep)[0] for number in range(len(segments.tail))]
         return StaticTwin([slice_module(segments.backbone, {}), *tail])
+
+
+def _mean_rows(
+    prepared: Prepared, calibration: Calibration, recorders: Sequence[InnerActivations]
+) -> list[torch.Tensor]:
+    """Per level, the mean over all data of the dense block's pooled outputs, then of its inner planes."""
+    sums: list[torch.Tensor] = []
+    count = 0
+    with ExitStack() as hooks:
+        for recorder in recorders:
+            hooks.enter_context(recorder)
+        for inputs in calibration.batches():
+            frontier = call(prepared.segments.backbone, inputs)
+            count += prepared.modalities[0].size(frontier)
+            totals = []
+            for level, (block, recorder) in enumerate(zip(prepared.segments.levels, recorders, strict=True)):
+                before, frontier = frontier, call(block, frontier)
+                rows = prepared.modalities[level + 1].pool(frontier)
+                if recorder.columns:
+                    rows = torch.cat([rows, recorder.rows(before, prepared.modalities[level])], dim=1)
+                totals.append(rows.double().sum(dim=0).cpu())
+            sums = [old + new for old, new in zip(sums, totals, strict=True)] if sums else totals
+    return [total / count for total in sums]
 
 
 def _channels(prepared: Prepared, leaf: str) -> int:
