@@ -141,7 +141,7 @@ def test_bad_models_are_named(
         ("[]", "expected a JSON object"),
         ('{"input_info": {}}', '"compression" is missing or empty'),
         ('{"compression": [{}]}', 'needs "algorithm"'),
-        ('{"algorithm": "quantization"}', "the file also has quantization"),
+        ('{"algorithm": "quantization"}', "compression[0] (quantization) needs NNCF"),
         ('{"algorithm": "sigmab", "level": ["layer3"]}', "Did you mean 'levels'?"),
         ('{"compression": {"algorithm": "sigmab"}}', "which tree?"),
     ],
