@@ -110,6 +110,6 @@ def test_a_page_without_markers_is_refused(report, tmp_path: Path) -> None:
         report.main(["--check", str(tmp_path / "page.md")])
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "docs/deployment.md"])
 def test_pages_state_what_the_result_files_hold(report, page: str) -> None:
     assert report.main(["--check", str(BENCHMARKS.parent / page)]) == 0
