@@ -1,10 +1,11 @@
-"""SigmaB and int8 together, in one run: accuracy, bytes and latency of five networks in two runtimes.
+"""SigmaB and int8 together, in one run: accuracy, bytes and latency in two runtimes.
 
 Trained networks are taken through NNCF 3's functions:
 
 * ``dense`` and ``dense + int8``;
 * ``sigmab`` and ``sigmab + int8``, calibrated per leaf, and with shared statistics for comparison;
-* ``twin`` and ``twin + int8``: the static twin, one path of the same shape cut by Torch-Pruning's dependency graph.
+* ``twin`` and ``twin + int8``: the static twin, one path of the same shape cut by Torch-Pruning's dependency graph;
+* with ``--networks``, ``pruned`` and ``pruned + int8``: what Torch-Pruning makes at the tree's active parameters.
 
 Without ``--networks`` a small ResNet is trained here on scikit-learn's digits (real, offline), every network for the
 same number of epochs. With it, the networks are those that ``benchmarks/run.py`` has trained::
@@ -127,12 +128,13 @@ class Subject:
     """Trained networks in eval mode, and the data they were trained for.
 
     Attributes:
+        controls: static networks of about the tree's active size, by name.
         batches: calibration batches ``(inputs, targets)``; test: inputs and targets; facts: for the record.
     """
 
     dense: nn.Module
     tree: Any
-    twin: nn.Module
+    controls: dict[str, nn.Module]
     batches: list[Data]
     test: Data
     facts: dict[str, Any]
@@ -160,15 +162,16 @@ def trained_on_digits(epochs: int, width: float) -> Subject:
         "data": f"scikit-learn digits, {len(train_data[1])} training and {len(test_data[1])} test images",
         "epochs": {"dense": 3 * epochs, "tree and twin": epochs, "after quantization": 0},
     }
-    return Subject(dense, tree, twin, batches, test_data, facts)
+    return Subject(dense, tree, {"twin": twin}, batches, test_data, facts)
 
 
 def trained_before(
-    experiment_name: str, data: list[str], networks: Path, *, seed: int, arms: tuple[str, str], cache: Path
+    experiment_name: str, data: list[str], networks: Path, *, seed: int, arms: tuple[str, ...], cache: Path
 ) -> Subject:
     """What ``benchmarks/run.py`` has left in ``networks``; nothing is trained here.
 
-    The structure of tree and twin is made again from the dense network and the seed, then the weights are loaded.
+    ``arms`` are the tree's and those of its controls. Their structure is made again from the dense network and the
+    seed, then the weights are loaded.
     """
     from accuracy.arms import build_arm
     from accuracy.experiments import open_experiment
@@ -190,14 +193,17 @@ def trained_before(
     facts = {
         "data": f"{experiment_name}, {len(experiment.train)} training and {len(experiment.test)} test samples",
         "note": recipe["note"],
-        "arms": {"tree": arms[0], "twin": arms[1], "seed": seed},
+        "arms": [*arms],
+        "seed": seed,
         "epochs": {
             "dense": recipe["dense"]["epochs"],
-            "tree and twin": recipe["finetune"]["epochs"],
+            "tree and controls": recipe["finetune"]["epochs"],
             "after quantization": 0,
         },
     }
-    return Subject(dense, built[0], built[1], batches, (torch.cat(inputs), torch.cat(targets)), facts)
+    kinds = {"twin": "twin", "torch_pruning": "pruned"}
+    controls = {kinds[recipe["arms"][arm]["kind"]]: net for arm, net in zip(arms[1:], built[1:], strict=True)}
+    return Subject(dense, built[0], controls, batches, (torch.cat(inputs), torch.cat(targets)), facts)
 
 
 def run(subject: Subject, repeats: int) -> dict[str, Any]:
@@ -208,7 +214,7 @@ def run(subject: Subject, repeats: int) -> dict[str, Any]:
     nncf.set_log_level(logging.ERROR)
     calibration = nncf.Dataset(subject.batches, lambda batch: batch[0])
     int8 = {"algorithm": "quantization", "preset": "mixed", "subset_size": 512}
-    dense, tree, twin, test_data = subject.dense, subject.tree, subject.twin, subject.test
+    dense, tree, test_data = subject.dense, subject.tree, subject.test
     quantize = {"compression": int8}
     networks: dict[str, tuple[nn.Module, bool]] = {
         "dense": (dense, False),
@@ -216,9 +222,10 @@ def run(subject: Subject, repeats: int) -> dict[str, Any]:
         "sigmab": (tree, False),
         "sigmab + int8, per leaf": (compress(tree, quantize, calibration), True),
         "sigmab + int8, shared": (compress(tree, quantize, calibration, per_leaf_calibration=False), True),
-        "twin": (twin, False),
-        "twin + int8": (compress(twin, quantize, calibration), True),
     }
+    for name, control in subject.controls.items():
+        networks[name] = (control, False)
+        networks[f"{name} + int8"] = (compress(control, quantize, calibration), True)
     before = os.getloadavg()[0]
     rows = []
     for name, (net, quantized) in networks.items():
@@ -277,7 +284,10 @@ def main() -> None:
     parser.add_argument("--data", action="append", default=[], help="folder or file of the experiment's data")
     parser.add_argument("--networks", type=Path, help="folder of checkpoints of benchmarks/run.py")
     parser.add_argument(
-        "--arms", nargs=2, default=("sigmab-teacher", "twin-teacher"), metavar=("TREE", "TWIN")
+        "--arms",
+        nargs="+",
+        default=("sigmab-teacher", "twin-teacher", "pruned-magnitude-teacher"),
+        help="the tree's arm, then its controls'",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the networks in --networks")
     parser.add_argument("--cache", type=Path, default=HERE / "cache", help="folder of decoded data")
