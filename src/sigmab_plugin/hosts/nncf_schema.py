@@ -217,7 +217,31 @@ def hide_untraced(model: nn.Module) -> None:
                 _untraced.add((kind, name))
 
 
-def unknown_modules(model: nn.Module, names: Sequence[str]) -> str:
+def as_list(value: Any) -> list[Any]:
+    """A field that may be absent, one string or a list of them."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def check_levels(section: Section, model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Check that the levels and the head of a ``sigmab`` section can be restructured in ``model``.
+
+    Raises:
+        ConfigError: a name is no module of the model, or the file's own ``ignored_scopes`` leave a level out.
+    """
+    values: Any = section.config
+    names = (*values.levels, values.head)
+    missing = _unknown_modules(model, names)
+    if missing:
+        raise ConfigError(f"{section}: {missing}. Is this config for another model?")
+    covered = _covered_levels(model, as_list(config.get("ignored_scopes")), names)
+    if covered:
+        raise ConfigError(
+            f"ignored_scopes cover {', '.join(map(repr, covered))}, which sigmab is to restructure. Scopes at the "
+            "top of the file hold for every algorithm; move them into the section that is to ignore the layers."
+        )
+
+
+def _unknown_modules(model: nn.Module, names: Sequence[str]) -> str:
     """What is wrong with ``names`` as modules of ``model``; empty if nothing is."""
     known = dict(model.named_modules())
     for name in names:
@@ -229,7 +253,7 @@ def unknown_modules(model: nn.Module, names: Sequence[str]) -> str:
     return ""
 
 
-def covered_levels(model: nn.Module, scopes: Sequence[str], names: Sequence[str]) -> list[str]:
+def _covered_levels(model: nn.Module, scopes: Sequence[str], names: Sequence[str]) -> list[str]:
     """Those of the modules ``names`` whose weighted layers are all matched by ``scopes`` (NNCF's notation)."""
     covered = []
     modules = dict(model.named_modules())

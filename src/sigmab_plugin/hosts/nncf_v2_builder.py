@@ -33,7 +33,7 @@ from ..counting import parameter_count
 from ..errors import ConfigError, FormatError
 from ..techniques.base import Technique
 from ..tree.net import SigmaBNet
-from .nncf_schema import check, covered_levels, hide_untraced, sections, techniques, unknown_modules
+from .nncf_schema import as_list, check, check_levels, hide_untraced, sections, techniques
 from .nncf_v2_controller import (
     FinishedController,
     OrderedCompositeController,
@@ -272,19 +272,15 @@ def _config_for_new_network(config: NNCFConfig, split: int) -> NNCFConfig:
     if any(entry["algorithm"] == SigmaBConfig.algorithm for entry in entries[:split]):
         for entry in entries[split:]:
             added = _ADDED_SCOPES.get(entry["algorithm"], ())
-            entry["ignored_scopes"] = [*_as_list(entry.get("ignored_scopes")), *added]
+            entry["ignored_scopes"] = [*as_list(entry.get("ignored_scopes")), *added]
     return rewritten
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def _rewrite_scopes(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
         return {name: _rewrite_scopes(item, name) for name, item in value.items()}
     if key in ("ignored_scopes", "target_scopes"):
-        return [scope_in_tree(scope) for scope in _as_list(value)]
+        return [scope_in_tree(scope) for scope in as_list(value)]
     if isinstance(value, list):
         return [_rewrite_scopes(item) for item in value]
     return value
@@ -336,18 +332,6 @@ def check_against_model(model: nn.Module, config: Mapping[str, Any]) -> None:
         ConfigError: a level is no module of the model, or the scopes leave out a level.
     """
     for section in sections(config):
-        if not isinstance(section.technique, Technique) or section.algorithm != SigmaBConfig.algorithm:
-            continue
-        check(config)
-        values = section.config
-        assert isinstance(values, SigmaBConfig)
-        names = (*values.levels, values.head)
-        missing = unknown_modules(model, names)
-        if missing:
-            raise ConfigError(f"{section}: {missing}. Is this config for another model?")
-        covered = covered_levels(model, _as_list(config.get("ignored_scopes")), names)
-        if covered:
-            raise ConfigError(
-                f"ignored_scopes cover {', '.join(map(repr, covered))}, which sigmab is to restructure. Scopes at the "
-                "top of the file hold for every algorithm; move them into the section that is to ignore the layers."
-            )
+        if isinstance(section.technique, Technique) and section.algorithm == SigmaBConfig.algorithm:
+            check(config)
+            check_levels(section, model, config)

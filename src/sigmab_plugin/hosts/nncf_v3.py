@@ -29,9 +29,9 @@ from torch import nn
 
 from ..errors import CalibrationError, ConfigError
 from ..techniques.base import Context
-from .nncf_schema import check, hide_untraced, read
+from .nncf_schema import as_list, check, hide_untraced, read
 from .nncf_v3_parts import CalibrationInputs, as_inputs
-from .nncf_v3_sections import Run, as_list, check_model, runner_of
+from .nncf_v3_sections import Run, check_model, runner_of
 from .nncf_v3_state import get_config, load, load_from_config, save, strip
 
 __all__ = [

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ModelError
 from ..techniques.base import Context
 from ..techniques.compose import QUANTIZING
 from ..tree.net import SigmaBNet
-from .nncf_schema import Section, SectionError, covered_levels, parameter_line, tree_line, unknown_modules
+from .nncf_schema import Section, SectionError, check_levels, parameter_line, tree_line
 from .nncf_v3_arguments import (
     ignored_scope,
     part_ratios,
@@ -104,18 +104,7 @@ def check_model(model: nn.Module, config: Mapping[str, Any], entries: tuple[Sect
         if entry.algorithm == "sigmab":
             if isinstance(model, SigmaBNet):
                 raise ModelError(f"{entry}: the model is a SigmaB net already; give the dense network")
-            values: Any = entry.config
-            names = (*values.levels, values.head)
-            missing = unknown_modules(model, names)
-            if missing:
-                raise ConfigError(f"{entry}: {missing}. Is this config for another model?")
-            covered = covered_levels(model, as_list(config.get("ignored_scopes")), names)
-            if covered:
-                raise ConfigError(
-                    f"ignored_scopes cover {', '.join(map(repr, covered))}, which sigmab is to restructure. Scopes at "
-                    "the top of the file hold for every algorithm; move them into the section that is to ignore the "
-                    "layers."
-                )
+            check_levels(entry, model, config)
     for entry in entries:
         if entry.algorithm != "filter_pruning":
             continue
@@ -262,7 +251,3 @@ def _hooks(network: nn.Module) -> int:
         for _, module in wrapped_parts(network)
         if is_wrapped(module)
     )
-
-
-def as_list(value: Any) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
