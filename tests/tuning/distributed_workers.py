@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from nets import QUICK, dense, samples, tree
+from nets import BALANCED, QUICK, dense, samples, tree
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
@@ -61,7 +61,7 @@ def train(rank: int, folder: Path, kind: str, norm: bool) -> None:
         net,
         sharded(8),
         epochs=2,
-        recipe=QUICK,
+        recipe=BALANCED,
         val_loader=sharded(8),
         checkpoint_dir=folder / "run",
         progress=False,

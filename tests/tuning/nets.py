@@ -14,6 +14,8 @@ from sigmab_plugin.tuning.recipe import TrainRecipe
 CLASSES = 4
 BRANCHES = ("0", "1", "0/0", "0/1", "1/0", "1/1")
 QUICK = TrainRecipe(lr=0.05, warmup_epochs=0.5, batch_size=16, epochs=3)
+#: With a term whose value depends on the whole global batch.
+BALANCED = QUICK.replace(balance_weight=0.5, router_lr_factor=0.5)
 
 
 def block(inputs: int, outputs: int, *, norm: bool = True, dropout: float = 0.0) -> nn.Module:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sigmab_plugin.tuning import distributed, finetune
 
 from .launch import WORKERS, launch
-from .nets import QUICK, dense, same, samples, state, tree
+from .nets import BALANCED, QUICK, dense, same, samples, state, tree
 
 
 def test_alone_every_collective_is_the_identity() -> None:
@@ -74,7 +74,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(trained: Path, ki
 
     net = tree(norm=False) if kind == "tree" else dense(norm=False)
     batches = DataLoader(TensorDataset(*samples()), batch_size=16)
-    history = finetune(net, batches, epochs=2, recipe=QUICK, val_loader=batches, progress=False)
+    history = finetune(net, batches, epochs=2, recipe=BALANCED, val_loader=batches, progress=False)
     for name, value in state(net).items():
         torch.testing.assert_close(weights[0][name], value, rtol=1e-3, atol=1e-5, msg=name)
     both = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]

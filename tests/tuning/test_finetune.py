@@ -232,6 +232,38 @@ def test_hard_phase_and_temperature_change_the_training() -> None:
     assert not same(results["plain"], results["annealed"])
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_routers_learn_at_their_own_rate(optimizer: str) -> None:
+    recipe = QUICK.replace(optimizer=optimizer, lr=0.01)
+    moved = {}
+    for factor in (0.0, 0.1, 1.0):
+        net = tree()
+        before = state(net)
+        history = finetune(
+            net, loader(), epochs=1, recipe=recipe.replace(router_lr_factor=factor), progress=False
+        )
+        after = state(net)
+        names = [n for n in after if n.startswith("routers")]
+        moved[factor] = sum(float((after[n] - before[n]).abs().sum()) for n in names)
+        assert all(not torch.equal(after[n], before[n]) for n in after if n.endswith("conv.weight"))
+        assert history.last.lr < recipe.lr  # the rate of all but the routers, whatever the factor
+    assert moved[0.0] == 0.0
+    assert 0.0 < moved[0.1] < moved[1.0]
+
+
+def test_balance_weight_brings_back_starved_leaves() -> None:
+    balances = {}
+    for weight in (0.0, 5.0):
+        net = tree()
+        with torch.no_grad():
+            for router in net.routers.values():
+                router.linear.bias.copy_(torch.tensor([2.0, 0.0]))
+        recipe = QUICK.replace(balance_weight=weight, lr=0.1)
+        balances[weight] = finetune(net, loader(), epochs=4, recipe=recipe, progress=False).last.balance
+    assert balances[5.0] > balances[0.0]
+    assert balances[5.0] > 0.5
+
+
 def test_soft_labels_and_other_loaders() -> None:
     images, targets = samples()
     soft = nn.functional.one_hot(targets, CLASSES).float() * 0.9 + 0.1 / CLASSES

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sigmab_plugin.errors import TrainingError
 from sigmab_plugin.tuning.losses import (
+    balance_loss,
     classification_loss,
     dense_loss,
     distillation_loss,
@@ -197,6 +198,30 @@ def test_a_leaf_that_agrees_with_the_teacher_costs_nothing() -> None:
     same = logits[:, :1].expand(-1, 3, -1)
     assert float(distillation_loss(same, log_p, logits[:, 0], temperature=4.0)) == pytest.approx(0, abs=1e-12)
     assert float(distillation_loss(logits, log_p, logits[:, 0], temperature=4.0)) > 0.01
+
+
+@quick
+@given(sizes, seeds)
+def test_balance_is_a_divergence_from_equal_shares(size: tuple[int, int, int], seed: int) -> None:
+    _, log_p, _ = sample(size, seed)
+    log_p = log_p.requires_grad_()
+    shares = log_p.exp().mean(0)
+    divergence = (shares * (shares * size[1]).log()).sum()
+    loss = balance_loss(log_p, shares)
+    torch.testing.assert_close(loss, divergence)
+    # With the shares held fixed the gradient is the same, once log_p moves on the simplex, as log-softmax does.
+    logits = torch.randn(log_p.shape, dtype=log_p.dtype, requires_grad=True)
+    mean = logits.softmax(1).mean(0)
+    (expected,) = torch.autograd.grad((mean * (mean * size[1]).log()).sum(), logits)
+    (found,) = torch.autograd.grad(balance_loss(logits.log_softmax(1), logits.softmax(1).mean(0)), logits)
+    torch.testing.assert_close(found, expected)
+
+
+def test_balance_of_one_leaf_for_all_is_log_k_and_of_equal_shares_nothing() -> None:
+    one = torch.tensor([[0.0, -1e4, -1e4]]).expand(5, 3)
+    assert float(balance_loss(one, one.exp().mean(0))) == pytest.approx(math.log(3))
+    each = torch.full((3, 3), -1e4).fill_diagonal_(0.0)
+    assert float(balance_loss(each, each.exp().mean(0))) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_dense_loss_is_cross_entropy() -> None:

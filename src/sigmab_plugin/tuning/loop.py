@@ -163,6 +163,7 @@ class _Run:
         self.optimizer = _optimizer(net, recipe)
         self.objective = Objective(net, recipe)
         self.starved = False
+        self.lr = recipe.lr
 
     def train(self, *, resume: bool, progress: bool, max_seconds: float | None) -> History:
         started = time.perf_counter()
@@ -203,7 +204,7 @@ class _Run:
         shares = evaluation.leaf_shares if evaluation else tuple(count / samples for count in routed)
         record = EpochRecord(
             epoch=epoch + 1,
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=self.lr,
             train_loss=loss / samples,
             train_accuracy=correct / samples,
             val_loss=evaluation.loss if evaluation else None,
@@ -219,7 +220,7 @@ class _Run:
     def _steps(self, model: nn.Module, epoch: int, bar: Progress) -> Tensor:
         """Train over the loader once; (3 + K,) sums of loss, samples, correct ones, samples per leaf."""
         recipe, device = self.recipe, self.device
-        parameters = self.optimizer.param_groups[0]["params"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         totals = torch.zeros(3 + len(self.leaves), dtype=torch.float64, device=device)
         guard = FiniteLoss(epoch=epoch + 1, device=device)
         shown = time.perf_counter()
@@ -229,7 +230,7 @@ class _Run:
             if self.objective.classes is not None and not targets.is_cuda:
                 check_targets(targets, self.objective.classes)
             inputs, targets = to_device(inputs, device), targets.to(device, non_blocking=True)
-            lr = self._set_learning_rate(epoch * self.steps + step)
+            lr = self.lr = self._set_learning_rate(epoch * self.steps + step)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
                 loss, counts = model(inputs, targets, self._teach(inputs))
             guard.check(loss, step=step, lr=lr, inputs=inputs)
@@ -263,7 +264,7 @@ class _Run:
     def _set_learning_rate(self, step: int) -> float:
         lr = learning_rate(self.recipe, step, steps_per_epoch=self.steps, epochs=self.epochs)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         return lr
 
     def _identity(self) -> dict[str, Any]:
@@ -309,8 +310,8 @@ class _Run:
                 f"{leaf} {share:.1%}" for leaf, share in zip(self.leaves, record.leaf_shares, strict=True)
             )
             logger.warning(
-                "leaves starve: balance %.2f after epoch %d (%s); try a larger responsibility_weight, a "
-                "router_temperature above 1, or a lower lr",
+                "leaves starve: balance %.2f after epoch %d (%s); try a balance_weight, a larger "
+                "responsibility_weight, a router_temperature above 1, or a lower lr",
                 record.balance,
                 record.epoch,
                 shares,
@@ -352,20 +353,30 @@ def _warn_unless_sharded(loader: Any) -> None:
 
 
 def _optimizer(net: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
-    parameters = [p for p in net.parameters() if p.requires_grad]
+    """Parameters in the network's order; those of a tree's routers last where they learn at a rate of their own."""
+    apart = getattr(net, "routers", None) if recipe.router_lr_factor != 1.0 else None
+    routers = {id(p) for p in apart.parameters()} if isinstance(apart, nn.Module) else set()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if id(p) not in routers], "lr_factor": 1.0},
+        {"params": [p for p in trained if id(p) in routers], "lr_factor": recipe.router_lr_factor},
+    ]
+    groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters,
+            groups,
             lr=recipe.lr,
             momentum=recipe.momentum,
             nesterov=recipe.nesterov,
             weight_decay=recipe.weight_decay,
         )
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return kind(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
 def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    if isinstance(found.get("recipe"), dict):  # options that are newer than the checkpoint had their defaults
+        found = {**found, "recipe": {**TrainRecipe().to_dict(), **found["recipe"]}}
     for key, value in expected.items():
         if found.get(key) == value:
             continue

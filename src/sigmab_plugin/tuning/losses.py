@@ -54,6 +54,24 @@ def responsibility_loss(responsibility: Tensor, log_p: Tensor) -> Tensor:
     return -(responsibility.detach() * _wide(log_p).clamp(min=_LOG_P_FLOOR)).sum(1).mean()
 
 
+def balance_loss(log_p: Tensor, shares: Tensor) -> Tensor:
+    """sum_k m_k log(K m_k), with m the mean path probabilities: 0 where all leaves get equal shares, at most log K.
+
+    Written as a mean over samples with log(K m) held fixed, which has the same value and gradient and is a sum
+    over samples, so that processes may each compute their part. Load balancing of mixtures of experts (Shazeer et al.,
+    arXiv 1701.06538); not part of the paper.
+
+    Args:
+        log_p: (B, K), log of the path probabilities.
+        shares: (K,), m over the global batch; no gradient passes through it.
+
+    Returns:
+        Scalar.
+    """
+    excess = (shares.detach().to(_wide(log_p).dtype) * log_p.shape[1]).clamp(min=1e-12).log()
+    return (_wide(log_p).exp() * excess).sum(1).mean()
+
+
 def distillation_loss(
     leaf_logits: Tensor, log_p: Tensor, teacher_logits: Tensor, *, temperature: float
 ) -> Tensor:

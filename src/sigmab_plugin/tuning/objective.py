@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..counting import as_arguments
 from ..errors import TrainingError
 from .batches import check_targets, class_indices
-from .losses import dense_loss, hard_leaf, soft_routing_loss, temper
+from .distributed import all_reduce_sum
+from .losses import balance_loss, dense_loss, hard_leaf, soft_routing_loss, temper
 from .recipe import TrainRecipe
 
 
@@ -69,6 +70,8 @@ class Objective(nn.Module):
             routed=routed if self.straight_through else None,
             **options,
         )
+        if recipe.balance_weight:
+            loss = loss + recipe.balance_weight * balance_loss(log_p, _mean_over_ranks(log_p.detach().exp()))
         chosen = leaf_logits.detach()[torch.arange(len(routed), device=routed.device), routed]
         return loss, torch.cat([_counts(chosen, targets), leaf_counts(routed, len(self.leaves))])
 
@@ -86,6 +89,13 @@ class Objective(nn.Module):
         if self.classes is None:
             check_targets(targets, logits.shape[-1])
             self.classes = logits.shape[-1]
+
+
+def _mean_over_ranks(probabilities: Tensor) -> Tensor:
+    """(K,) mean over the rows of all processes."""
+    rows = probabilities.new_full((1,), float(len(probabilities)))
+    sums = all_reduce_sum(torch.cat([probabilities.sum(0), rows]))
+    return sums[:-1] / sums[-1]
 
 
 def leaf_counts(routed: Tensor, leaves: int) -> Tensor:

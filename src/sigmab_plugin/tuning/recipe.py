@@ -46,6 +46,14 @@ class TrainRecipe(TechniqueConfig):
     router_temperature: float = option(
         1.0, "first epoch's extra softening of the router, annealed geometrically to 1", exclusiveMinimum=0.0
     )
+    router_lr_factor: float = option(
+        1.0,
+        "routers learn at lr times this; 0: they stay as restructuring made them (trees only)",
+        minimum=0.0,
+    )
+    balance_weight: float = option(
+        0.0, "weight of the term that draws the leaves towards equal shares (trees only)", minimum=0.0
+    )
 
     def validate(self) -> None:
         """Check what one option alone cannot tell."""
