@@ -72,7 +72,17 @@ def _move_a_bit(data: bytearray) -> None:
     data[0], data[2 * PAGE] = data[0] ^ 1, data[2 * PAGE] ^ 1
 
 
-@pytest.mark.parametrize("damage", [_flip, _swap_pages, _move_a_bit])
+def _swap_words(data: bytearray) -> None:
+    data[8:16], data[16:24] = data[16:24], data[8:16]
+
+
+def _reverse_pages(data: bytearray) -> None:
+    """Every page word by word: its plain sum stays."""
+    words = np.frombuffer(bytes(data), np.uint64).reshape(-1, PAGE // 8)
+    data[:] = np.ascontiguousarray(words[:, ::-1]).tobytes()
+
+
+@pytest.mark.parametrize("damage", [_flip, _swap_pages, _move_a_bit, _swap_words, _reverse_pages])
 @pytest.mark.parametrize("mode", ["fast", "full"])
 def test_checksums_see_what_changed(mode: str, damage: Any) -> None:
     good = bytearray(np.random.default_rng(0).integers(0, 256, 4 * PAGE, np.uint8).tobytes())
