@@ -54,6 +54,7 @@ def test_sensible_orders_are_accepted(order: tuple[str, ...]) -> None:
         (("legonet", "sigmab"), "sigmab -> legonet"),
         (("legonet", "torch_pruning", "sigmab"), "torch_pruning -> sigmab -> legonet"),
         (("mix_and_match", "sigmab"), "sigmab -> mix_and_match"),
+        (("sigmab", "torch_pruning"), "torch_pruning -> sigmab"),
         (("rb_sparsity", "sigmab"), "sigmab -> rb_sparsity"),
         (("mix_and_match", "depth_pruning", "sigmab"), "depth_pruning -> sigmab -> mix_and_match"),
         (("weight_compression", "mix_and_match"), "mix_and_match -> weight_compression"),

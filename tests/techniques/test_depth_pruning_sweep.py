@@ -17,6 +17,7 @@ from sigmab_plugin.techniques.depth_pruning import (
     DepthPrunedNet,
     DepthPruningConfig,
     SweepRow,
+    apply,
     depth_prune,
     export_int8,
     from_sweep,
@@ -93,6 +94,17 @@ def test_training_learns_the_task(dense: nn.Module, options: dict[str, bool]) ->
     }
     changed = {name for name, tensor in kept.items() if not torch.equal(tensor, before[name])}
     assert bool(changed) is not config.freeze
+
+
+@pytest.mark.parametrize("cut", ["block1", ""])
+def test_what_follows_in_a_list_trains_the_kept_layers_too(dense: nn.Module, cut: str) -> None:
+    """``freeze`` is for the training of the head; a tree made of the result must not inherit it."""
+    config = QUICK.replace(cut=cut, freeze=True, max_drop=0.5)
+    context = Context(example_inputs=example(), train_data=batches(), validate=accuracy)
+    net = apply(dense, config, context)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    net.train()
+    assert all(module.training for module in net.modules())
 
 
 def test_same_seed_same_weights(dense: nn.Module) -> None:

@@ -142,6 +142,16 @@ def test_expanded_weights_hold_only_codebook_blocks() -> None:
     assert measure(second, expanded).relative_error < 1e-6
 
 
+def test_a_codebook_is_no_larger_than_the_blocks_there_are(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(16, 16)
+    with caplog.at_level("INFO"):
+        packed = pack(model, LegoNetConfig(codebook_size=2048))
+    assert packed.codebook.shape == (16, 16)
+    assert "16 blocks" in caplog.text
+    torch.testing.assert_close(expand_into(packed, model).weight, model.weight)
+    assert measure(packed, model).packed_bytes < 2 * measure(packed, model).dense_bytes
+
+
 def test_row_scale_serves_rows_of_unequal_size() -> None:
     torch.manual_seed(0)
     model = nn.Linear(64, 64, bias=False)

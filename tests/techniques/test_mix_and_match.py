@@ -312,7 +312,34 @@ def test_parametrized_masks_hold_in_foreign_loops_and_can_be_made_permanent() ->
     assert model.blocks[0].attn.qkv.weight[~masks["blocks.0.attn.qkv.weight"]].count_nonzero() == 0
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("name", ["first.weight", "second.weight"])
+def test_a_tied_weight_is_masked_wherever_it_is_used(name: str) -> None:
+    model = Tied()
+    mask = torch.rand(6, 6) > 0.5
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        expected.first.weight *= mask
+    parametrize_masks(model, {name: mask})
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(model(x), expected(x))
+    remove_masks(model)
+    assert model.first.weight is model.second.weight
+    torch.testing.assert_close(model(x), expected(x))
+
+
 def test_masks_of_another_model_and_recurrent_layers_are_refused() -> None:
+    with pytest.raises(ModelError, match="another model"):
+        parametrize_masks(SmallResNet(), {"nowhere.weight": torch.ones(2, 2, dtype=torch.bool)})
     with pytest.raises(ModelError, match="another model"):
         MaskKeeper(SmallResNet(), {"layer3.conv2.weight": torch.ones(2, 2, dtype=torch.bool)})
     gru = nn.Sequential(nn.GRU(4, 4))

@@ -28,7 +28,7 @@ from sigmab_plugin.techniques.mix_and_match import (
 )
 from sigmab_plugin.techniques.mix_and_match.results import choose, rank
 
-from .mix_and_match_models import IMAGES, SmallResNet, accuracy, batches, small_vgg, train
+from .mix_and_match_models import IMAGES, SmallResNet, SmallViT, accuracy, batches, small_vgg, train
 
 DATA = batches(6)
 TRAIN, VALIDATION = DATA[:4], DATA[4:]
@@ -162,7 +162,7 @@ def test_finetuning_data_must_be_there(trained: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("match", ["channels", "parameters"])
-@pytest.mark.parametrize("family", [SmallResNet, small_vgg])
+@pytest.mark.parametrize("family", [SmallResNet, small_vgg, SmallViT])
 def test_ratios_work_in_torch_pruning(family: type[nn.Module], match: str) -> None:
     tp = pytest.importorskip("torch_pruning")
     model = family()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sigmab_plugin import SigmaBPruner, load, save, static_twin
 from sigmab_plugin.channels import slices_of
 from sigmab_plugin.channels.slicing import named_tensors
 from sigmab_plugin.counting import macs, parameter_count
+from sigmab_plugin.errors import ModelError
 from sigmab_plugin.tree.clustering import spherical_kmeans
 from sigmab_plugin.tree.plan import Plan, module_key, prefixes
 from sigmab_plugin.tree.segments import call, cut
@@ -204,6 +206,17 @@ def test_save_and_load_are_bitwise(built: Any, tmp_path: Any) -> None:
     net.eval()
     with torch.no_grad():
         assert torch.equal(call(again, batches[0]), call(net, batches[0]))
+
+
+def test_a_net_whose_widths_have_changed_is_not_saved(built: Any, tmp_path: Any) -> None:
+    net = copy.deepcopy(built[-1])
+    name, layer = next(
+        (n, m) for n, m in net.specializers.named_modules() if getattr(m, "weight", None) is not None
+    )
+    layer.weight = torch.nn.Parameter(layer.weight.detach()[:-1])
+    with pytest.raises(ModelError, match=rf"specializers\.{re.escape(name)}\.weight has shape"):
+        save(net, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_plan_round_trips(built: Any) -> None:

@@ -32,8 +32,10 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
             raise ModelError(
                 f"no weight {name!r} of shape {tuple(mask.shape)}; the masks are another model's"
             )
+    canonical = {id(parameter): name for name, parameter in model.named_parameters()}
     wrapped: nn.Module = wrap_model(copy.deepcopy(model))
-    for name, mask in masks.items():
+    for alias, mask in masks.items():
+        name = canonical[id(parameters[alias])]  # NNCF knows a tied weight by its first name alone
         hook = UnstructuredPruningMask(tuple(mask.shape)).to(parameters[name].device)
         hook.binary_mask.copy_(mask)
         # NNCF calls a constant by its parameter's name; its output has port 0.

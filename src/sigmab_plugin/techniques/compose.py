@@ -84,6 +84,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("sigmab",),
+        ("torch_pruning",),
+        "the plan of the tree records the widths of its branches, which would no longer hold, and the net could not "
+        "be saved. For narrower branches use sigmab's 'active_ratio' or 'widths'",
+    ),
+    Rule(
+        ("sigmab",),
         ("filter_pruning",),
         "the branches have been cut to their width already, and NNCF's groups of filters end where the leaves are "
         "mixed: it would mask a few filters of the backbone alone and none in the branches. For narrower branches use "

@@ -35,9 +35,11 @@ def save(net: SigmaBNet, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         OSError: no space or no permission; an older pair stays as it was.
+        ModelError: channels were removed after restructuring; the plan could not build such a net again.
     """
     from safetensors.torch import save as serialize
 
+    _check_widths(net)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     tensors = unshared(net.state_dict())
@@ -60,6 +62,37 @@ def save(net: SigmaBNet, directory: str | os.PathLike[str]) -> Path:
     os.replace(pending, target / WEIGHTS)
     _sync(target)
     return target
+
+
+def _check_widths(net: SigmaBNet) -> None:
+    """The net's tensors have the shapes that its plan gives them."""
+    plan = net.plan
+    parts: list[tuple[str, nn.Module, int, str]] = [("backbone", net.backbone, 0, "")]
+    for depth in range(1, plan.depth + 1):
+        for path in paths_at(depth):
+            key = module_key(path)
+            if plan.shortened is None or depth < plan.depth:
+                parts.append((f"specializers.{key}", net.specializers[key], depth, path))
+    if plan.shortened is None:
+        parts += [
+            (f"heads.{module_key(path)}", net.heads[module_key(path)], plan.depth + 1, path)
+            for path in plan.leaves
+        ]
+    for label, module, number, path in parts:
+        shapes = plan.tensors[number]
+        slices = slices_of(plan.groups, plan.kept(path), segment=number - 1, shapes=shapes) if path else {}
+        for name, tensor in named_tensors(module).items():
+            if name not in shapes:  # quantizers and masks of hosts
+                continue
+            expected = list(shapes[name])
+            for dim, index in slices.get(name, {}).items():
+                expected[dim] = len(index)
+            if list(tensor.shape) != expected:
+                raise ModelError(
+                    f"{label}.{name} has shape {tuple(tensor.shape)}, the plan says {tuple(expected)}: channels were "
+                    "removed after restructuring, and the net could not be loaded again. Prune the dense network "
+                    "before, or ask for narrower branches with active_ratio or widths"
+                )
 
 
 def unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

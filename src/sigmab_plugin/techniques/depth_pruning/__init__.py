@@ -60,7 +60,8 @@ def apply(model: nn.Module, config: DepthPruningConfig, context: Context) -> nn.
     With ``config.cut`` the network is cut there, and trained if ``context.train_data`` is given. Without,
     every cut is tried and the smallest network within ``config.max_drop`` of the model's score is
     returned: that needs ``train_data`` and ``validate``. ``context.options["folder"]`` makes
-    the sweep resumable.
+    the sweep resumable. ``config.freeze`` holds while the head trains; the result trains whole again, so
+    that what follows in a list can fine-tune it.
 
     Raises:
         ConfigError: no example inputs, no such cut, or no cut at all for a SigmaB net.
@@ -81,6 +82,7 @@ def apply(model: nn.Module, config: DepthPruningConfig, context: Context) -> nn.
             logger.info("depth_pruning: no train_data, the auxiliary head keeps its random weights")
         else:
             train(net, context.train_data, config, loss_fn=context.loss_fn)
+        net.freeze(False)
         return net
     if context.train_data is None or context.validate is None:
         raise CalibrationError(
@@ -99,7 +101,10 @@ def apply(model: nn.Module, config: DepthPruningConfig, context: Context) -> nn.
         )
         chosen = result.smallest(max_drop=config.max_drop)
         logger.info("depth_pruning: chose the cut after %r", chosen.cut or "(nothing: the whole model)")
-        return from_sweep(directory, chosen.cut, model, context.example_inputs)
+        chosen_net = from_sweep(directory, chosen.cut, model, context.example_inputs)
+        if isinstance(chosen_net, DepthPrunedNet):
+            chosen_net.freeze(False)
+        return chosen_net
 
 
 technique = Technique(DepthPruningConfig, apply)

@@ -181,7 +181,7 @@ def load_depth_pruned(path: str | Path, model: nn.Module, example_inputs: Any) -
     """Read what :func:`save_depth_pruned` wrote; ``model`` is the dense network's architecture.
 
     Raises:
-        FormatError: truncated, foreign or newer file, or a file of another network.
+        FormatError: missing, truncated, foreign or newer file, or a file of another network.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -189,7 +189,7 @@ def load_depth_pruned(path: str | Path, model: nn.Module, example_inputs: Any) -
         with safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})
             state = {key: file.get_tensor(key) for key in sorted(file.keys())}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is not a readable safetensors file: {error}") from error
     if metadata.get("format") != "sigmab_plugin.depth_pruning" or metadata.get("version") != "1":
         raise FormatError(

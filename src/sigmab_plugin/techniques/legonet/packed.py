@@ -103,6 +103,12 @@ def pack(model: nn.Module, config: LegoNetConfig | None = None) -> PackedModel:
     names = _packable(model, stored, config)
     scales = {name: _root_mean_square(stored[name], config.scale) for name in names}
     blocks = torch.cat([scaled_blocks(stored[name], scales[name], config.block_size) for name in names])
+    if config.codebook_size > len(blocks):
+        logger.info(
+            "legonet: codebook_size %d is more than the %d blocks there are; each block is its own entry",
+            config.codebook_size, len(blocks),
+        )  # fmt: skip
+        config = config.replace(codebook_size=len(blocks))
     clusters = kmeans(
         blocks,
         config.codebook_size,

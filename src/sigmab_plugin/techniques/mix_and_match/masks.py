@@ -100,16 +100,23 @@ class Mask(nn.Module):
 def parametrize_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Hold ``masks`` in ``model`` itself (in place), for training loops that are not ours.
 
-    :func:`remove_masks` makes the zeros permanent.
+    A tied weight is masked wherever it is used. :func:`remove_masks` makes the zeros permanent.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, mask in masks.items():
-        path, _, tensor = name.rpartition(".")
-        owner = model.get_submodule(path)
-        if isinstance(owner, nn.RNNBase):
+        weight = parameters.get(name)
+        if weight is None or weight.shape != mask.shape:
             raise ModelError(
-                f"{name} belongs to a recurrent layer, which reads its weights directly; use MaskKeeper"
+                f"no weight {name!r} of shape {tuple(mask.shape)}; the masks are another model's"
             )
-        parametrize.register_parametrization(owner, tensor, Mask(mask.to(getattr(owner, tensor).device)))
+        for alias in [other for other, parameter in parameters.items() if parameter is weight]:
+            path, _, tensor = alias.rpartition(".")
+            owner = model.get_submodule(path)
+            if isinstance(owner, nn.RNNBase):
+                raise ModelError(
+                    f"{alias} belongs to a recurrent layer, which reads its weights directly; use MaskKeeper"
+                )
+            parametrize.register_parametrization(owner, tensor, Mask(mask.to(weight.device)))
     return model
 
 

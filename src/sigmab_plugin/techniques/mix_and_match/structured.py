@@ -12,6 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from .ranges import LayerRange
 from .roles import LayerWeight
 
+#: Roles whose outputs keep their width: attention reshapes them to heads of a size that its forward has fixed.
+_WHOLE = ("router", "attention")
+
 
 @dataclass(frozen=True)
 class StructuredRatios:
@@ -19,7 +22,8 @@ class StructuredRatios:
 
     Attributes:
         pruning_ratio_dict: share of output channels to remove, by module of the model to be pruned.
-        ignored_layers: modules whose outputs must stay: the classifier's last layers (the classes), routers.
+        ignored_layers: modules whose outputs must stay: the classifier's last layers (the classes), routers, the
+            projections of attention.
     """
 
     pruning_ratio_dict: dict[nn.Module, float]
@@ -54,7 +58,7 @@ def structured_ratios(
         if not isinstance(module, (_ConvNd, nn.Linear)):
             continue
         width = module.out_channels if isinstance(module, _ConvNd) else module.out_features
-        if layer.role == "router" or (layer.role == "classifier" and classes in (None, width)):
+        if layer.role in _WHOLE or (layer.role == "classifier" and classes in (None, width)):
             ignored.append(module)
             continue
         sparsity = sparsities[layer.name]
