@@ -132,8 +132,12 @@ def links(model: nn.Module, *, split: bool) -> list[nn.Module]:
 
 
 #: No single files in these formats; and lowering a network once more for one row takes minutes.
-_LEFT_OUT = {("single", "torch"), ("single", "executorch"), ("dense-links", "executorch")}
-KINDS = ("sigmab", "dense", "dense-links", "pruned", "single")
+_LEFT_OUT = {
+    ("single", "torch"),
+    ("single", "executorch"),
+    *((kind, "executorch") for kind in ("dense-links", "pruned-links")),
+}
+KINDS = ("sigmab", "dense", "dense-links", "pruned", "pruned-links", "single")
 
 
 def prepare(case: Case, cache: Path, formats: Sequence[str]) -> dict[str, Any]:
@@ -170,8 +174,8 @@ def prepare(case: Case, cache: Path, formats: Sequence[str]) -> dict[str, Any]:
                 suffix = {"onnx": "onnx", "openvino": "xml"}[form]
                 export_single_file(net, one, target / f"model.{suffix}", format=form)
             else:
-                model = pruned if kind == "pruned" else dense
-                parts = links(model, split=kind == "dense-links")
+                model = pruned if kind.startswith("pruned") else dense
+                parts = links(model, split=kind.endswith("-links"))
                 export_chain(parts, example, target, format=form, layout=layout)
         counts.write_text(json.dumps(sizes, indent=1))
     result: dict[str, Any] = json.loads(counts.read_text())

@@ -8,11 +8,13 @@ from typing import Any
 
 COLUMNS = {
     "SigmaB, warm": ("warm", "sigmab"),
+    "single file, warm": ("warm", "sigmab, single file"),
     "pruned, warm": ("warm", "pruned"),
     "SigmaB, 500 MB/s": ("streamed, 500 MB/s", "sigmab"),
     "prefetch `both`": ("streamed, 500 MB/s", "sigmab, prefetch both"),
     "prefetch `likely`": ("streamed, 500 MB/s", "sigmab, prefetch likely"),
     "pruned, 500 MB/s": ("streamed, 500 MB/s", "pruned"),
+    "pruned, prefetch": ("streamed, 500 MB/s", "pruned, prefetch"),
     "dense, prefetch": ("streamed, 500 MB/s", "dense, prefetch"),
 }
 
@@ -40,15 +42,31 @@ def deploy_table(results: Path) -> str:
         share = read.get(f"{case}, {backend}")
         cells.append(f"{share:.3f}" if share else "")
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *_goals(record["goals"])]
     machine = record["machine"]
+    rounds = [row["rounds"] for row in rows.values()]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines += [
         "",
         f"Medians as a share of the dense network in the same mode and runtime; in brackets the ratio of the fastest "
-        f"rounds. Batch 1, {machine['threads']} threads, {machine['machine']}; {versions}.",
+        f"rounds. {min(rounds)} to {max(rounds)} rounds each, fewest on the slowest bus. Batch 1, {machine['threads']} "
+        f"threads, {machine['machine']}; {versions}. Streamed ExecuTorch networks cut in links were not exported.",
     ]
     lines += _memory(record["memory"]) + _agreement(record["agreement"])
     return "\n".join(lines) + "\n"
+
+
+def _goals(found: list[dict[str, Any]]) -> list[str]:
+    """One row a goal: its limit, in how many cases it is met, and the smallest and largest value measured."""
+    lines = ["| goal | limit | met | measured |", "|---|---|---|---|"]
+    for name in dict.fromkeys(goal["goal"] for goal in found):
+        cases = [goal for goal in found if goal["goal"] == name]
+        values = [goal["measured"] for goal in cases]
+        digits = ".1e" if max(values) < 1e-3 else ".3f"
+        span = " to ".join(dict.fromkeys(f"{value:{digits}}" for value in (min(values), max(values))))
+        met = sum(goal["met"] for goal in cases)
+        lines.append(f"| {name} | {cases[0]['limit']:g} | {met} of {len(cases)} | {span} |")
+    return lines
 
 
 def _memory(found: list[dict[str, Any]]) -> list[str]:

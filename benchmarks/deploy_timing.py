@@ -176,6 +176,7 @@ def streamed_rows(setup: Setup, label: str, limits: Limits, known: Sequence[Row]
         "dense": _options(setup, "dense", "dense", **common),
         "dense, prefetch": _options(setup, "dense", "dense-links", prefetch="both", **common),
         "pruned": _options(setup, "pruned", "pruned", **common),
+        "pruned, prefetch": _options(setup, "pruned", "pruned-links", prefetch="both", **common),
         "sigmab": _options(setup, "sigmab", "sigmab", **common),
         "sigmab, prefetch both": _options(setup, "sigmab", "sigmab", prefetch="both", **common),
         "sigmab, prefetch likely": _options(setup, "sigmab", "sigmab", prefetch="likely", **common),
