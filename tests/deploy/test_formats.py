@@ -115,6 +115,38 @@ def test_precisions(precision: str, layout: str, error: float, stored: float, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["torch", "onnx", "openvino"])
+def test_fp16_keeps_what_does_not_fit(form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Numbers past 65504 would become infinite, or be clipped, without a word."""
+    pytest.importorskip("openvino" if form == "openvino" else "torch")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(72, 8)).eval()
+    with torch.no_grad():
+        model[1].running_var.fill_(1e5)  # its square root is an ordinary number
+        model[3].weight[0, 0] = 2e5
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1)) * 300
+    export_chain([model], x, tmp_path / "b", format=form, precision="fp16")
+    assert "node 'root' (leaf): numbers past float16's 65504 stay in float32: body.3.weight" in caplog.text
+    with torch.no_grad():
+        wanted = model(x).numpy()
+    with Runner(tmp_path / "b", threads=1) as runner:
+        assert np.abs(runner(x) - wanted).max() < 2e-3 * np.abs(wanted).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["torch", "onnx", "openvino"])
+def test_fp16_stores_routers_in_float32(form: str, net: Any, images: Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("openvino" if form == "openvino" else "torch")
+    manifest = export(net, images[:2], tmp_path / "b", format=form, precision="fp16")
+    stored = {t.name: t for t in manifest.node("0").weights.tensors}
+    wide = {name for name, t in stored.items() if t.dtype == "float32"}
+    assert any(t.dtype == "float16" for name, t in stored.items() if name.startswith("body."))
+    assert not any(t.dtype == "float16" for name, t in stored.items() if name.startswith("router."))
+    if form == "torch":
+        assert {n for n in stored if n.startswith("router.") or "running_" in n} == wide
+
+
+@pytest.mark.slow
 def test_a_native_layout_is_refused_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export_chain([part()], torch.zeros(2, 3, 12, 12), tmp_path / "b", layout="native")
     manifest = (tmp_path / "b" / "manifest.json").read_text()

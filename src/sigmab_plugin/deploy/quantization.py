@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from .onnx_graph import INLINE_BYTES, require
 
 if TYPE_CHECKING:
     import onnx
+
+_log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 Calibration = dict[str, list[tuple[Array, ...]]]
@@ -96,45 +99,65 @@ def quantize_static(
                 quant_format=quantization.QuantFormat.QDQ,
                 per_channel=True,
                 op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Relu", "MaxPool", "ReduceMean"],
-                nodes_to_exclude=_router_nodes(model),
+                nodes_to_exclude=[node.name for node in _router_nodes(model)],
             )
         except Exception as error:  # the quantizer raises many kinds; all of them mean the same to the caller
             raise ModelError(f"{source} cannot be quantized: {error}") from error
         return onnx.load(str(quantized))
 
 
-def _router_nodes(model: onnx.ModelProto) -> list[str]:
+def _router_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """Nodes that only the router's logits depend on: a decision is worth more than its few bytes."""
     outputs = [value.name for value in model.graph.output]
     if outputs[-1] != "router_logits":
         return []
     frontier = _ancestors(model, outputs[:-1])
-    return [node.name for node in model.graph.node if node.name not in frontier]
+    return [node for node in model.graph.node if frontier.isdisjoint(node.output)]
 
 
 def _ancestors(model: onnx.ModelProto, names: Iterable[str]) -> set[str]:
+    """Every value that ``names`` are computed from, themselves included."""
     producer = {output: node for node in model.graph.node for output in node.output}
     found: set[str] = set()
     pending = list(names)
     while pending:
-        node = producer.get(pending.pop())
-        if node is not None and node.name not in found:
-            found.add(node.name)
-            pending.extend(node.input)
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            pending.extend(producer[name].input if name in producer else ())
     return found
 
 
-def store_half(model: onnx.ModelProto) -> None:
-    """Store float32 weights as float16; a Cast widens each before its use. In place."""
-    from onnx import TensorProto, helper
+def too_large_for_half(source: NodeSource, tensors: Mapping[str, Array]) -> set[str]:
+    """Names of ``tensors`` with numbers past 65504, which float16 would make infinite; logged."""
+    limit = float(np.finfo(np.float16).max)
+    found = [name for name, value in tensors.items() if not np.abs(value).max(initial=0) <= limit]
+    if found:
+        _log.warning("%s: numbers past float16's %g stay in float32: %s", source, limit, ", ".join(found))
+    return set(found)
+
+
+def store_half(model: onnx.ModelProto, source: NodeSource) -> None:
+    """Store float32 weights as float16; a Cast widens each before its use. In place.
+
+    The router's weights stay in float32, and tensors with numbers that float16 cannot hold.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    router = {node.output[0] for node in _router_nodes(model)}
+    elsewhere = {name for node in model.graph.node if node.output[0] not in router for name in node.input}
+    weights = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if tensor.data_type == TensorProto.FLOAT and tensor.name in elsewhere
+    }
+    wanted = weights.keys() - too_large_for_half(source, weights)
 
     def convert(name: str, weight: Array) -> tuple[list[tuple[str, Array]], list[onnx.NodeProto]]:
-        limits = np.finfo(np.float16)
-        half = weight.clip(limits.min, limits.max).astype(np.float16)
         cast = helper.make_node("Cast", [f"{name}.half"], [name], name=f"{name}.widen", to=TensorProto.FLOAT)
-        return [(f"{name}.half", half)], [cast]
+        return [(f"{name}.half", weight.astype(np.float16))], [cast]
 
-    _replace(model, convert, lambda name: True)
+    _replace(model, convert, wanted.__contains__)
 
 
 def quantize_weights(model: onnx.ModelProto, *, bits: int) -> onnx.ModelProto:

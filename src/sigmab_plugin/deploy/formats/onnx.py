@@ -29,7 +29,7 @@ def export_artefact(source: NodeSource, options: Options) -> Artefact:
     if options.precision == "fp16":
         from ..quantization import store_half
 
-        store_half(model)
+        store_half(model, source)
     tensors = take_weights(model)
 
     def companions(region: Region) -> dict[str, bytes]:

@@ -30,7 +30,12 @@ _DTYPES = {
 
 def export_artefact(source: NodeSource, options: Options) -> Artefact:
     ov = require("openvino")
-    model = ov.Core().read_model(export_node(source, modality=options.modality).SerializeToString(), b"")
+    graph = export_node(source, modality=options.modality)
+    if options.precision == "fp16":  # OpenVINO's own compression clips what float16 cannot hold
+        from ..quantization import store_half
+
+        store_half(graph, source)
+    model = ov.Core().read_model(graph.SerializeToString(), b"")
     if len(model.inputs) != len(source.inputs):
         raise ModelError(
             f"{source} cannot be exported to OpenVINO: it takes {len(source.inputs)} inputs "
@@ -40,7 +45,7 @@ def export_artefact(source: NodeSource, options: Options) -> Artefact:
         port.get_tensor().set_names({name})
     with tempfile.TemporaryDirectory(prefix="sigmab-") as work:
         file = Path(work) / "node.xml"
-        ov.save_model(model, str(file), compress_to_fp16=options.precision == "fp16")
+        ov.save_model(model, str(file), compress_to_fp16=False)
         return repack(file.read_bytes(), file.with_suffix(".bin").read_bytes())
 
 

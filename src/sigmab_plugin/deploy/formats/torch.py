@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 from ..bundle import Artefact, Options
 from ..nodes import NodeSource
 from ..onnx_graph import dynamic_shapes, export_failure
+from ..quantization import too_large_for_half
 from ..writing import raw
 
 LIBRARIES = ()
 
 
 class _OverWeights(nn.Module):
-    _body: nn.Module
-
     """``source``'s module as a function of its weights; 16-bit weights are widened before use."""
+
+    _body: nn.Module
 
     def __init__(self, source: NodeSource) -> None:
         super().__init__()
@@ -39,11 +41,8 @@ class _OverWeights(nn.Module):
 
 def export_artefact(source: NodeSource, options: Options) -> Artefact:
     module = _OverWeights(source)
-    half = options.precision == "fp16"
-    weights = [
-        t.detach().half() if half and t.dtype == torch.float32 else t.detach()
-        for t in module.tensors.values()
-    ]
+    half = _halves(source, module.tensors) if options.precision == "fp16" else frozenset()
+    weights = [t.detach().half() if name in half else t.detach() for name, t in module.tensors.items()]
     fixed: list[Any] = [None] * len(weights)
     try:
         program = torch.export.export(
@@ -59,6 +58,18 @@ def export_artefact(source: NodeSource, options: Options) -> Artefact:
     torch.export.save(program, data)
     tensors = [raw(name, w.cpu().numpy()) for name, w in zip(module.tensors, weights, strict=True)]
     return Artefact(data.getvalue(), ".pt2", tensors)
+
+
+def _halves(source: NodeSource, tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    """Which tensors are stored in 16 bits: not the router's, running statistics, or what does not fit."""
+    candidates = {
+        name: t.detach().cpu().numpy()
+        for name, t in tensors.items()
+        if t.dtype == torch.float32
+        and not name.endswith(("running_mean", "running_var"))
+        and not (source.role != "leaf" and name.startswith("router."))
+    }
+    return frozenset(candidates.keys() - too_large_for_half(source, candidates))
 
 
 def requires(options: Options) -> dict[str, Any]:
