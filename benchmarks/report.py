@@ -49,8 +49,31 @@ TITLES = {
     "twin-frozen-teacher": "static twin + teacher, frozen backbone",
     "twin-ours": "static twin + teacher, frozen backbone, inner channels by activation",
     "twin-equal-frozen-teacher": "static twin of the tree's active size + teacher, frozen backbone",
+    "twin-equal": "static twin widened to SigmaB's active parameters",
+    "pruned-magnitude": "Torch-Pruning, group magnitude",
+    "pruned-taylor": "Torch-Pruning, group Taylor",
     "random-partition": "SigmaB, the paper's loss, random partition",
     "lambda-0": "SigmaB, the paper's loss, λ = 0",
+    "balanced": "SigmaB, the paper's loss, load balancing 0.3",
+    "slow-router": "SigmaB, the paper's loss, routers at a tenth of the rate",
+    "shared-0.25": "SigmaB, the paper's loss, κ = 0.25",
+    "shared-0.75": "SigmaB, the paper's loss, κ = 0.75",
+    "bn-per-leaf": "SigmaB, the paper's loss, BatchNorm re-estimated per leaf",
+}
+#: Variations of one part each: on the page of the benchmarks, not in the short tables.
+ABLATIONS = {
+    "sigmab-sharp-teacher",
+    "sigmab-hard-teacher",
+    "sigmab-sharp-lambda-0-teacher",
+    "sigmab-frozen-teacher",
+    "twin-frozen-teacher",
+    "random-partition",
+    "lambda-0",
+    "balanced",
+    "slow-router",
+    "shared-0.25",
+    "shared-0.75",
+    "bn-per-leaf",
 }
 COLUMNS = (
     "network",
@@ -95,10 +118,10 @@ def details(folder: Path) -> str:
 
 
 def summary(results: Path) -> str:
-    """Markdown: the table of every experiment and what its controls say."""
+    """Markdown: the table of every experiment without its ablations, and what its controls say."""
     parts = []
     for folder in _folders(results):
-        found = read_results(folder)
+        found = {arm: runs for arm, runs in read_results(folder).items() if arm not in ABLATIONS}
         first = next(iter(found.values()))[0]
         parts += [f"**{folder.name}**: {first['note']}.", _table(found), *_differences(found)]
     return "\n\n".join(parts) + "\n"
@@ -178,8 +201,14 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
         ("sigmab-teacher", "twin-equal-teacher"),
         ("sigmab-teacher", "pruned-magnitude-teacher"),
         ("sigmab-teacher", "pruned-taylor-teacher"),
-        ("sigmab", "random-partition"),
-        ("sigmab", "lambda-0"),
+        ("sigmab", "twin-equal"),
+        ("sigmab", "pruned-magnitude"),
+        ("sigmab", "pruned-taylor"),
+        *(("sigmab", arm) for arm in ("random-partition", "lambda-0")),
+        *(
+            (arm, "sigmab")
+            for arm in ("balanced", "slow-router", "shared-0.25", "shared-0.75", "bn-per-leaf")
+        ),
     )
     for tree, control in pairs:
         if tree not in results or control not in results:
