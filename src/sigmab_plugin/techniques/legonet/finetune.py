@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...errors import ModelError
+from ...tuning.seeding import preserve_random_state, seed_epoch
 from ..supervised import LossFunction, module_device, supervised_batches, training_loss
 from .bits import bits_per_index, pack_bits
 from .kmeans import assign
@@ -61,6 +62,7 @@ class CodebookWeight(nn.Module):
         return changed
 
 
+@preserve_random_state()
 def finetune_codebook(
     packed: PackedModel,
     model: nn.Module,
@@ -74,6 +76,8 @@ def finetune_codebook(
     device: torch.device | str | None = None,
 ) -> PackedModel:
     """Train codebook and scales (Adam, cosine schedule by epoch); the file keeps its size.
+
+    Data order and dropout are functions of (the seed in ``packed.config``, epoch).
 
     Args:
         packed: from :func:`~sigmab_plugin.techniques.legonet.pack`.
@@ -104,6 +108,7 @@ def finetune_codebook(
     optimizer = torch.optim.Adam(_parameter_groups(net, _latents(net, packed), codebook, made, lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     for epoch in range(epochs):
+        seed_epoch(train_data, seed=packed.config.seed, epoch=epoch)
         loss = _epoch(net, optimizer, train_data, loss_fn, codebook.device)
         schedule.step()
         changed = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (n - 1) over the strategies of one score."""
+    """Mean and standard deviation (n - 1) over the strategies of one score.
+
+    Runs whose validation score is not finite are left out; where none is left, mean and best are NaN.
+    """
 
     score: str
     runs: int
@@ -75,8 +79,8 @@ class SearchResult:
         """One entry per score, over all of its strategies."""
         found = []
         for score in dict.fromkeys(run.score for run in self.runs):
-            runs = [run for run in self.runs if run.score == score]
-            values = [run.validation for run in runs]
+            runs = [run for run in self.runs if run.score == score and math.isfinite(run.validation)]
+            values = [run.validation for run in runs] or [math.nan]
             found.append(
                 Spread(
                     score=score,
@@ -84,7 +88,7 @@ class SearchResult:
                     mean=statistics.fmean(values),
                     sd=statistics.stdev(values) if len(values) > 1 else 0.0,
                     best=max(values),
-                    mean_sparsity=statistics.fmean(run.sparsity for run in runs),
+                    mean_sparsity=statistics.fmean(run.sparsity for run in runs) if runs else math.nan,
                 )
             )
         return tuple(found)
@@ -118,8 +122,13 @@ class SearchResult:
 
 
 def rank(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Best validation score first; among equals the sparser, then by name."""
-    return tuple(sorted(runs, key=lambda run: (-run.validation, -run.sparsity, run.key)))
+    """Best validation score first; among equals the sparser, then by name. NaN is no score and comes last."""
+
+    def place(run: Run) -> tuple[bool, float, float, str]:
+        nothing = math.isnan(run.validation)
+        return (nothing, 0.0 if nothing else -run.validation, -run.sparsity, run.key)
+
+    return tuple(sorted(runs, key=place))
 
 
 def choose(runs: Sequence[Run], dense: float, max_drop: float | None) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import logging
@@ -13,7 +14,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ...counting import parameter_count
 from ...errors import CalibrationError, ConfigError
+from ...tuning.seeding import preserve_random_state, seed_epoch
 from ..supervised import LossFunction
 from .config import MixAndMatchConfig
 from .masks import build_masks, load_masks, mask_sparsity, save_masks
@@ -39,12 +40,13 @@ logger = logging.getLogger(__name__)
 #: ``prune(copy of the model, sparsities)`` -> structurally pruned module; used instead of masks.
 Prune = Callable[[nn.Module, Mapping[str, float]], nn.Module]
 
-_VERSION = 1
+_VERSION = 2
 STRUCTURED = "structured"
 
 
-def calibration_part(data: Iterable[Any], share: float) -> list[Any]:
-    """The first ``share`` of the batches of ``data``, one at least.
+@preserve_random_state()
+def calibration_part(data: Iterable[Any], share: float, *, seed: int = 0) -> list[Any]:
+    """The first ``share`` of the batches of ``data`` in its order of (``seed``, epoch 0), one at least.
 
     Raises:
         CalibrationError: ``data`` has no length; pass calibration data, or a list.
@@ -55,6 +57,7 @@ def calibration_part(data: Iterable[Any], share: float) -> list[Any]:
         raise CalibrationError(
             "train_data has no length to take a share of; pass calibration_data"
         ) from error
+    seed_epoch(data, seed=seed, epoch=0)
     return list(itertools.islice(data, max(1, math.ceil(share * count))))
 
 
@@ -74,6 +77,7 @@ def analyse(
     return observe_ranges(layers, sensitivity, config), sensitivity
 
 
+@preserve_random_state()
 def search(
     model: nn.Module,
     config: MixAndMatchConfig | None = None,
@@ -97,8 +101,8 @@ def search(
         calibration_data: ``(inputs, targets)`` for ranges and scores; by default a share of ``train_data``.
         prune: structured pruning instead of masks, e.g. through ``structured_ratios``; then each strategy
             is one run.
-        folder: one JSON file per run and the chosen weights; a second call with the same arguments goes on
-            where the first was stopped.
+        folder: the ranges, one JSON file per run and the chosen weights; a second call with the same arguments
+            goes on where the first was stopped, with the ranges that it found there.
 
     Raises:
         CalibrationError: data missing for what the configuration asks.
@@ -112,11 +116,13 @@ def search(
     if calibration_data is None:
         if train_data is None:
             raise CalibrationError("mix_and_match: ranges need calibration_data of (inputs, targets)")
-        calibration_data = calibration_part(train_data, config.calibration_share)
-    ranges, sensitivity = analyse(
+        calibration_data = calibration_part(train_data, config.calibration_share, seed=config.seed)
+    store = _Store(folder, model, config, prune is not None)
+    seed_epoch(calibration_data, seed=config.seed, epoch=0)
+    observed, sensitivity = analyse(
         model, config, example_inputs=example_inputs, calibration_data=calibration_data, loss_fn=loss_fn
     )
-    store = _Store(folder, model, config, ranges, prune is not None)
+    ranges = store.settle(observed)
     dense = float(validate(copy.deepcopy(model).eval()))
     trial = _Trial(model, config, sensitivity, validate, train_data, loss_fn, prune)
     best = _Best(config, dense, store)
@@ -133,11 +139,14 @@ def search(
         else:
             repeated.append((score, strategy, same))
 
+    # All of them before anything runs: a run is offered to the best of every finished one.
+    finished = {plan[:2]: run for plan in plans if (run := store.read(*plan[:2])) is not None}
+    for run in finished.values():
+        best.known(run)
+
     def work(plan: tuple[str, str, dict[str, float]]) -> Run:
-        done = store.read(plan[0], plan[1])
-        if done is not None:
-            best.known(done)
-            return done
+        if plan[:2] in finished:
+            return finished[plan[:2]]
         run, net, masks = trial.run(*plan, seeded=workers == 1)
         logger.info(
             "mix_and_match: %s: sparsity %.3f, validation %.4f", run.key, run.sparsity, run.validation
@@ -151,6 +160,12 @@ def search(
     else:
         with ThreadPoolExecutor(workers) as pool:
             runs = list(pool.map(work, plans))
+    failed = [run.key for run in runs if math.isnan(run.validation)]
+    if failed:
+        logger.warning(
+            "mix_and_match: the validation score of %s is NaN; ranked last, never chosen before another",
+            ", ".join(failed),
+        )
     by_key = {run.key: run for run in runs}
     for score, strategy, same in repeated:
         first = by_key[same]
@@ -183,19 +198,25 @@ class _Trial:
         """The pruned copy before fine-tuning, and its masks."""
         net = copy.deepcopy(self.model)
         if self.prune is not None:
-            return self.prune(net, sparsities), {}
+            net = self.prune(net, sparsities)
+            flags = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+            for name, parameter in net.named_parameters():  # narrower ones are new, and not frozen any more
+                parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+            return net, {}
         return net, build_masks(self.sensitivity, sparsities, score)
 
     def run(
         self, score: str, strategy: str, sparsities: Mapping[str, float], *, seeded: bool
     ) -> tuple[Run, nn.Module, dict[str, Tensor]]:
-        """One run. ``seeded``: the global generator starts from the seed (one thread at a time only)."""
+        """One run. ``seeded``: so is what the pruning draws (one thread at a time only)."""
         started = time.perf_counter()
-        with torch.random.fork_rng() if seeded else nullcontext():
-            if seeded:
-                torch.manual_seed(self.config.seed)
-            net, masks = self.start(score, sparsities)
-            finetune_masked(net, masks, self.train_data or (), self.config, loss_fn=self.loss_fn)
+        data: Iterable[Any] = () if self.train_data is None else self.train_data
+        if seeded:
+            seed_epoch(data, seed=self.config.seed, epoch=0)
+        elif callable(getattr(data, "set_epoch", None)):
+            data = copy.copy(data)  # each thread is in an epoch of its own
+        net, masks = self.start(score, sparsities)
+        finetune_masked(net, masks, data, self.config, loss_fn=self.loss_fn)
         total = parameter_count(self.model)
         gone = 1 - parameter_count(net) / total if self.prune is not None else mask_sparsity(masks, total)
         value = float(self.validate(net))
@@ -240,35 +261,55 @@ class _Best:
 
 
 class _Store:
-    """The folder of a search: ``search.json``, ``runs/*.json``, ``best.*``. Without a folder it does nothing."""
+    """The folder of a search: ``search.json``, ``runs/*.json``, ``best.*``. Without a folder it keeps nothing."""
 
     def __init__(
         self,
         folder: str | os.PathLike[str] | None,
         model: nn.Module,
         config: MixAndMatchConfig,
-        ranges: Sequence[LayerRange],
         structured: bool,
     ) -> None:
         self._folder = None if folder is None else Path(folder)
+        self._ranges: list[dict[str, Any]] | None = None
         if self._folder is None:
             return
-        (self._folder / "runs").mkdir(parents=True, exist_ok=True)
         settings = {
             key: value for key, value in config.to_dict().items() if key not in ("workers", "max_drop")
         }
-        header = {
+        self._header = {
             "version": _VERSION,
             "config": settings,
             "model": _fingerprint(model),
             "structured": structured,
         }
         path = self._folder / "search.json"
-        if path.exists() and json.loads(path.read_text()) != header:
+        if not path.exists():
+            return
+        found = json.loads(path.read_text())
+        self._ranges = found.pop("ranges", None)
+        if found != self._header:
             raise ConfigError(
-                f"{self._folder} holds a search with other options or another model; give an empty folder"
+                f"{self._folder} holds a search with other options, of another model or of another version of the "
+                "package; give an empty folder"
             )
-        _write_json(path, header)
+
+    def settle(self, observed: Sequence[LayerRange]) -> tuple[LayerRange, ...]:
+        """The ranges that the search began with: those of the folder, else ``observed``, which are put there."""
+        if self._folder is None:
+            return tuple(observed)
+        if self._ranges is None:
+            (self._folder / "runs").mkdir(parents=True, exist_ok=True)
+            self._ranges = [dataclasses.asdict(layer) for layer in observed]
+            _write_json(self._folder / "search.json", {**self._header, "ranges": self._ranges})
+        ranges = tuple(LayerRange.from_dict(layer) for layer in self._ranges)
+        if ranges != tuple(observed):
+            logger.warning(
+                "mix_and_match: the calibration data gives other ranges than when the search in %s began; going on "
+                "with those of then",
+                self._folder,
+            )
+        return ranges
 
     def read(self, score: str, strategy: str) -> Run | None:
         if self._folder is None:
