@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sigmab_plugin.deploy import Manifest, export, export_chain, read_manifest
-from sigmab_plugin.deploy.manifest import ALIGNMENT, PAGE
+from sigmab_plugin.deploy.manifest import ALIGNMENT, MODALITIES, PAGE
 from sigmab_plugin.deploy.writing import atomic_directory, pack
 from sigmab_plugin.errors import ConfigError, FormatError, ModelError
+from sigmab_plugin.tree.modality import _KINDS
 
 
 def test_nodes_are_the_tree_in_order_of_use(bundle: Path) -> None:
@@ -73,24 +75,60 @@ def test_manifest_round_trip(bundle: Path) -> None:
     assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m: m.update(version=2), "newer than the 1"),
-        (lambda m: m.update(type="zip"), "not a sigmab-bundle"),
-        (lambda m: m["nodes"].pop(2), "0/0"),
-        (lambda m: m["nodes"][0]["weights"].update(file="../x"), "plain file name"),
-        (lambda m: m["nodes"][0]["weights"].update(offset=5), "not aligned"),
-        (lambda m: m["nodes"][0]["weights"]["tensors"][0].__setitem__(4, 1 << 40), "outside its region"),
-        (lambda m: m.pop("leaves"), "incomplete"),
-    ],
-    ids=["newer", "foreign", "missing-node", "escape", "unaligned", "outside", "incomplete"],
-)
+def _tensor(index: int, field: int, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Change a field of a tensor of node "0/0": 1 type, 2 shape, 3 offset, 4 bytes."""
+    return lambda m: m["nodes"][2]["weights"]["tensors"][index].__setitem__(field, value)
+
+
+ALTERED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "newer": (lambda m: m.update(version=2), "newer than the 1"),
+    "negative-version": (lambda m: m.update(version=-3), "-3 is no bundle format version"),
+    "foreign": (lambda m: m.update(type="zip"), "not a sigmab-bundle"),
+    "modality": (lambda m: m.update(modality="sound"), "unknown modality 'sound'"),
+    "missing-node": (lambda m: m["nodes"].pop(2), "0/0"),
+    "duplicate-node": (lambda m: m["nodes"].append(dict(m["nodes"][2])), "node '0/0' is listed twice"),
+    "escape": (lambda m: m["nodes"][0]["weights"].update(file="../x"), "plain file name"),
+    "unaligned": (lambda m: m["nodes"][0]["weights"].update(offset=5), "not aligned to 4096"),
+    "negative-offset": (lambda m: m["nodes"][2]["weights"].update(offset=-4096), "node '0/0': .* no region"),
+    "negative-size": (lambda m: m["nodes"][2]["weights"].update(nbytes=-4096), "node '0/0': .* no region"),
+    "outside": (_tensor(0, 4, 1 << 40), "node '0/0': tensor .* outside its region"),
+    "shape": (_tensor(0, 2, [1, 2]), r"node '0/0': tensor .* float32 of shape \(1, 2\) has 8"),
+    "negative-shape": (_tensor(0, 2, [-1, -2]), "node '0/0': tensor .* has shape"),
+    "type": (_tensor(0, 1, "foo"), "node '0/0': tensor .* unknown type 'foo'"),
+    "misaligned": (_tensor(0, 3, 8), "node '0/0': tensor .* not aligned to 64"),
+    "overlap": (_tensor(1, 3, 0), "node '0/0': tensor .* overlaps"),
+    "same-name": (
+        lambda m: m["nodes"][2]["weights"]["tensors"][1].__setitem__(
+            0, m["nodes"][2]["weights"]["tensors"][0][0]
+        ),
+        "node '0/0': two of its tensors",
+    ),
+    "cycle": (lambda m: m["nodes"][1].update(children=["0", "0/1"]), "node '0': '0' is not its child"),
+    "repeated-child": (lambda m: m["nodes"][1].update(children=["0/1", "0/1"]), "'0/1' is not its child, or"),
+    "no-children": (lambda m: m["nodes"][1].update(children=[]), "node '0': a leaf, and no other"),
+    "one-child": (
+        lambda m: m["nodes"][1].update(children=["0/0"]),
+        "node '0/0' takes 1 inputs, node '0' hands",
+    ),
+    "no-leaves": (lambda m: m.update(leaves=[]), "leaves must be different paths"),
+    "a-leaf-less": (lambda m: m["leaves"].pop(), "node '1/1': a leaf"),
+    "no-inputs": (lambda m: m["nodes"][0].update(inputs=[]), "node 'root': it has no inputs"),
+    "incomplete": (lambda m: m.pop("leaves"), "incomplete"),
+    "infinite": (lambda m: m["nodes"][0].update(parameters=float("inf")), "incomplete or altered"),
+    "codebook": (lambda m: m["nodes"][2].update(extra={"codebook": {}}), "node '0/0': its codebook"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), ALTERED.values(), ids=ALTERED)
 def test_altered_manifest_is_refused(bundle: Path, change: Any, message: str) -> None:
     body = json.loads((bundle / "manifest.json").read_text())
     change(body)
     with pytest.raises(FormatError, match=message):
         Manifest.from_dict(body)
+
+
+def test_manifest_knows_all_modalities() -> None:
+    assert set(MODALITIES) == set(_KINDS)
 
 
 def test_not_a_bundle(tmp_path: Path) -> None:

@@ -220,6 +220,7 @@ def write_bundle(
             requires={**exporter.requires(options), **({} if options.backbone else {"backbone": True})},
             producer=_producer(exporter.LIBRARIES),
         )
+        manifest.check()
         write_manifest(work, manifest.to_dict())
     return manifest
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import ConfigError, FormatError, ModelError
 from .backends.base import views
-from .manifest import Node, TensorEntry, round_up
+from .manifest import Node, codebook_region, round_up
 from .nodes import NodeSource
 from .storage import fresh_memory
 from .writing import RawTensor, pack, raw
@@ -116,17 +116,7 @@ def expanded_node(node: Node) -> Node:
     Raises:
         FormatError: the description is incomplete.
     """
-    try:
-        described: Mapping[str, Any] = node.extra["codebook"]
-        tensors = tuple(
-            TensorEntry(str(name), str(dtype), tuple(shape), int(offset), int(nbytes))
-            for name, dtype, shape, offset, nbytes in described["tensors"]
-        )
-        nbytes = int(described["nbytes"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(
-            f"node {node.path or 'root'!r}: its codebook's description is altered ({error!r}): export again"
-        ) from error
+    nbytes, tensors = codebook_region(node)
     return replace(node, weights=replace(node.weights, nbytes=nbytes, used=nbytes, tensors=tensors))
 
 

@@ -7,8 +7,9 @@ length, so that one seek and one read bring it. See ``docs/bundle-format.md``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,20 @@ MANIFEST_NAME = "manifest.json"
 PAGE = 4096
 #: Tensors inside a region start on a cache line.
 ALIGNMENT = 64
+
+#: How samples are taken out of a batch; see :mod:`sigmab_plugin.tree.modality`.
+MODALITIES = ("vectors", "images", "tokens", "channels_last", "points")
+
+#: Bits per element of a region's types; those of runtimes that NumPy lacks included.
+DTYPE_BITS = {
+    **dict.fromkeys(("bool", "int8", "uint8", "float8_e4m3fn", "float8_e5m2", "f8e4m3", "f8e5m2"), 8),
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16", "i16", "u16", "bf16"), 16),
+    **dict.fromkeys(("int32", "uint32", "float32", "u32"), 32),
+    **dict.fromkeys(("int64", "uint64", "float64", "complex64", "u64"), 64),
+    "complex128": 128,
+    **dict.fromkeys(("i4", "u4", "nf4", "f4e2m1"), 4),
+    "u1": 1,
+}
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -91,11 +106,13 @@ class Node:
     parameters: int
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return f"node {self.path or 'root'!r}"
+
     @property
     def memory_bytes(self) -> int:
         """Bytes in memory at most while the node is loaded: the region, and what a codebook expands it to."""
-        expanded = self.extra.get("codebook")
-        return self.weights.nbytes + (0 if expanded is None else int(expanded["nbytes"]))
+        return self.weights.nbytes + (codebook_region(self)[0] if "codebook" in self.extra else 0)
 
 
 @dataclass(frozen=True)
@@ -155,7 +172,9 @@ class Manifest:
         if body.get("type") != FORMAT:
             raise FormatError(f"not a {FORMAT} manifest (type is {body.get('type')!r})")
         version = body.get("version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise FormatError(f"{version!r} is no bundle format version: export the bundle again")
+        if version > FORMAT_VERSION:
             raise FormatError(
                 f"bundle format version {version!r} is newer than the {FORMAT_VERSION} this package reads: "
                 "upgrade sigmab-plugin or export the bundle again"
@@ -167,41 +186,124 @@ class Manifest:
                 layout=str(body["layout"]),
                 modality=str(body["modality"]),
                 nodes=tuple(_node_from_dict(node) for node in body["nodes"]),
-                leaves=tuple(body["leaves"]),
+                leaves=tuple(str(leaf) for leaf in body["leaves"]),
                 plan=body.get("plan"),
                 requires=dict(body.get("requires", {})),
                 producer=dict(body.get("producer", {})),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise FormatError(
                 f"the manifest is incomplete or altered ({error!r}): export the bundle again"
             ) from error
-        manifest._check()
+        manifest.check()
         return manifest
 
-    def _check(self) -> None:
-        known = {node.path for node in self.nodes}
-        for leaf in self.leaves:
-            self.path_nodes(leaf)
+    def check(self) -> None:
+        """Whether a runner can rely on it: one tree, regions on pages, tensors that do not overlap.
+
+        Raises:
+            FormatError: names the node.
+        """
+        if self.modality not in MODALITIES:
+            raise FormatError(f"unknown modality {self.modality!r}; known: {', '.join(MODALITIES)}")
+        self._check_tree()
         for node in self.nodes:
             for name in (node.program.file, node.weights.file):
                 if Path(name).name != name:
-                    raise FormatError(
-                        f"node {node.path!r}: {name!r} must be a plain file name inside the bundle"
-                    )
-            if not set(node.children) <= known:
+                    raise FormatError(f"{node}: {name!r} must be a plain file name inside the bundle")
+            region = node.weights
+            if region.offset % PAGE or region.nbytes % PAGE:
+                raise FormatError(f"{node}: its weights are not aligned to {PAGE} bytes")
+            if region.offset < 0 or not 0 <= region.used <= region.nbytes:
                 raise FormatError(
-                    f"node {node.path!r} names children that the manifest lacks: {node.children}"
+                    f"{node}: {region.used} of {region.nbytes} bytes at offset {region.offset} are no region"
                 )
-            if node.weights.offset % PAGE or node.weights.nbytes % PAGE:
-                raise FormatError(f"node {node.path!r}: its weights are not aligned to {PAGE} bytes")
-            for tensor in node.weights.tensors:
-                if (
-                    tensor.offset < 0
-                    or tensor.nbytes < 0
-                    or tensor.offset + tensor.nbytes > node.weights.nbytes
-                ):
-                    raise FormatError(f"node {node.path!r}: tensor {tensor.name!r} lies outside its region")
+            check_tensors(node, region.tensors, region.used)
+            if "codebook" in node.extra:
+                nbytes, tensors = codebook_region(node)
+                check_tensors(node, tensors, nbytes)
+
+    def _check_tree(self) -> None:
+        known: dict[str, Node] = {}
+        for node in self.nodes:
+            if node.path in known:
+                raise FormatError(f"{node} is listed twice")
+            known[node.path] = node
+        if "" not in known:
+            raise FormatError("the manifest has no root node")
+        if not self.leaves or len(set(self.leaves)) != len(self.leaves):
+            raise FormatError(f"the manifest's leaves must be different paths; got {list(self.leaves)}")
+        for leaf in self.leaves:
+            self.path_nodes(leaf)
+        reached = {""}
+        for node in self.nodes:
+            if not node.inputs or not node.outputs:
+                raise FormatError(f"{node}: it has no inputs or no outputs")
+            if (node.role == "leaf") != (node.path in self.leaves) or (node.role == "leaf") == bool(
+                node.children
+            ):
+                raise FormatError(
+                    f"{node}: a leaf, and no other node, is one of leaves and has no children; it is "
+                    f"{'one' if node.path in self.leaves else 'none'} of them and has children {list(node.children)}"
+                )
+            handed_on = len(node.outputs) - (len(node.children) > 1)  # router logits come last
+            for child in node.children:
+                if child not in known:
+                    raise FormatError(f"{node} names children that the manifest lacks: {node.children}")
+                prefix = f"{node.path}/" if node.path else ""
+                if child in reached or not child.startswith(prefix) or "/" in child[len(prefix) :]:
+                    raise FormatError(f"{node}: {child!r} is not its child, or is listed twice")
+                reached.add(child)
+                if len(known[child].inputs) != handed_on:
+                    raise FormatError(
+                        f"{known[child]} takes {len(known[child].inputs)} inputs, {node} hands on {handed_on}"
+                    )
+        if reached != known.keys():
+            raise FormatError(f"no node leads to {', '.join(map(repr, known.keys() - reached))}")
+
+
+def check_tensors(node: Node, tensors: Sequence[TensorEntry], nbytes: int) -> None:
+    """Whether ``tensors`` lie in ``nbytes`` bytes, on cache lines, apart, as large as type and shape say.
+
+    Raises:
+        FormatError: names ``node`` and the tensor.
+    """
+    end = 0
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        where = f"{node}: tensor {tensor.name!r}"
+        if tensor.dtype not in DTYPE_BITS:
+            raise FormatError(f"{where} has unknown type {tensor.dtype!r}")
+        if min(tensor.shape, default=0) < 0:
+            raise FormatError(f"{where} has shape {tensor.shape}")
+        size = -(-prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8)
+        if tensor.nbytes < 0 or tensor.offset < 0 or tensor.offset + tensor.nbytes > nbytes:
+            raise FormatError(f"{where} lies outside its region")
+        if tensor.nbytes != size:
+            raise FormatError(
+                f"{where} has {tensor.nbytes} bytes; {tensor.dtype} of shape {tensor.shape} has {size}"
+            )
+        if tensor.offset % ALIGNMENT:
+            raise FormatError(f"{where} is not aligned to {ALIGNMENT} bytes")
+        if tensor.offset < end:
+            raise FormatError(f"{where} overlaps another")
+        end = tensor.offset + tensor.nbytes
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise FormatError(f"{node}: two of its tensors have the same name")
+
+
+def codebook_region(node: Node) -> tuple[int, tuple[TensorEntry, ...]]:
+    """Bytes and tensors of the region that a node's codebook expands to.
+
+    Raises:
+        FormatError: the description is incomplete.
+    """
+    try:
+        described: Mapping[str, Any] = node.extra["codebook"]
+        return int(described["nbytes"]), _tensor_entries(described["tensors"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{node}: its codebook's description is altered ({error!r}): export again"
+        ) from error
 
 
 def _node_to_dict(node: Node) -> dict[str, Any]:
@@ -214,15 +316,11 @@ def _node_to_dict(node: Node) -> dict[str, Any]:
 
 def _node_from_dict(body: Mapping[str, Any]) -> Node:
     weights = body["weights"]
-    tensors = tuple(
-        TensorEntry(str(name), str(dtype), tuple(int(n) for n in shape), int(offset), int(nbytes))
-        for name, dtype, shape, offset, nbytes in weights["tensors"]
-    )
     return Node(
         path=str(body["path"]),
         key=str(body["key"]),
         role=str(body["role"]),
-        children=tuple(body["children"]),
+        children=tuple(str(child) for child in body["children"]),
         inputs=tuple(_value(v) for v in body["inputs"]),
         outputs=tuple(_value(v) for v in body["outputs"]),
         program=FileEntry(
@@ -234,10 +332,17 @@ def _node_from_dict(body: Mapping[str, Any]) -> Node:
             nbytes=int(weights["nbytes"]),
             used=int(weights["used"]),
             sha256=str(weights["sha256"]),
-            tensors=tensors,
+            tensors=_tensor_entries(weights["tensors"]),
         ),
         parameters=int(body["parameters"]),
         extra=dict(body.get("extra", {})),
+    )
+
+
+def _tensor_entries(rows: Iterable[Any]) -> tuple[TensorEntry, ...]:
+    return tuple(
+        TensorEntry(str(name), str(dtype), tuple(int(n) for n in shape), int(offset), int(nbytes))
+        for name, dtype, shape, offset, nbytes in rows
     )
 
 
