@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .options import add_run_options, build_model, pick_device, read_json
+from .options import VALIDATION_FRACTION, add_run_options, build_model, pick_device, read_json
 
 if TYPE_CHECKING:
     from ..data import Dataset, Loader
@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "image_size": None,
     "train_split": "train",
     "validation_split": None,
-    "validation_fraction": 0.1,
+    "validation_fraction": VALIDATION_FRACTION,
     "test_split": "test",
     "batch_size": 64,
     "calibration_samples": 2048,
@@ -35,6 +35,18 @@ DEFAULTS: dict[str, Any] = {
     "twins": True,
 }
 REQUIRED = ("model", "data", "runs")
+#: Keys of which another value means other rows. The comparison knows the rest by itself, the data by its content.
+DECISIVE = (
+    "model",
+    "model_args",
+    "image_size",
+    "train_split",
+    "validation_split",
+    "validation_fraction",
+    "test_split",
+    "batch_size",
+    "calibration_samples",
+)
 #: A leaf with a smaller share of the test samples is named in the notes.
 STARVED = 0.01
 
@@ -147,6 +159,7 @@ def run(args: argparse.Namespace) -> None:
         teacher=values["teacher"],
         twins=values["twins"],
         seed=args.seed,
+        settings={key: values[key] for key in DECISIVE},
         say=lambda text: say(args, text),
     )
     outcomes = comparison.run(plan.runs)

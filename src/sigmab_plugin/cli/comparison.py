@@ -11,15 +11,16 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from ..report import Row
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 #: Techniques that restructure and leave training to the caller.
 FINETUNE_AFTER = ("sigmab", "torch_pruning")
 
@@ -73,7 +74,9 @@ class Comparison:
         recipe, epochs: fine-tuning after each technique that restructures; 0 epochs: none.
         teacher: fine-tune with the dense network's logits where the recipe gives them weight.
         twins: add the static twin of every tree.
-        directory: finished rows and checkpoints.
+        directory: finished rows and checkpoints, under names that stand for all that decides them: other weights,
+            data, settings or sections are other names, and nothing is deleted.
+        settings: JSON types; what else decides the rows and is not seen in the other attributes.
         say: told what is being done.
     """
 
@@ -91,6 +94,7 @@ class Comparison:
     teacher: bool = True
     twins: bool = True
     seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda text: None
     _networks: dict[str, nn.Module] = field(default_factory=dict)
 
@@ -115,16 +119,15 @@ class Comparison:
         for run in runs:
             outcomes.append(self._outcome(run, "other"))
             tree = _tree_prefix(run.sections)
-            if self.twins and tree and _key(tree) not in twins_done:
-                twins_done.add(_key(tree))
+            if self.twins and tree and self._key(tree) not in twins_done:
+                twins_done.add(self._key(tree))
                 outcomes.append(self._outcome(Run(_twin_name(run, tree), tree), "twin"))
         return outcomes
 
     # One row ----------------------------------------------------------------------------------------
 
     def _outcome(self, run: Run, role: str) -> Outcome:
-        fingerprint = self._fingerprint(run, role)
-        file = self.directory / "rows" / f"{fingerprint[:20]}.json"
+        file = self.directory / "rows" / f"{self._key(run.sections, role)}.json"
         found = _read_outcome(file, run)
         if found is not None:
             self.say(f"{run.name}: finished before")
@@ -164,12 +167,13 @@ class Comparison:
         """The network after ``sections``, from the nearest beginning that is known."""
         if not sections:
             return self.model
-        key = _key(sections)
+        key = self._key(sections)
         if key not in self._networks:
             before = self.network(sections[:-1])
             technique = self.techniques[sections[-1]["algorithm"]]
             config = technique.config.from_dict(sections[-1])
-            network = technique.apply(before, config, self._context(key))
+            with self._from_the_start():
+                network = technique.apply(before, config, self._context(key))
             if technique.name in self.finetune_after:
                 self._finetune(network, key)
             self._networks[key] = network
@@ -181,9 +185,19 @@ class Comparison:
 
         config = SigmaBConfig.from_dict(sections[-1])
         before = self.network(sections[:-1])
-        twin = static_twin(before, self.example, config=config, calibration_data=self.calibration)
-        self._finetune(twin, "twin-" + _key(sections))
+        with self._from_the_start():
+            twin = static_twin(before, self.example, config=config, calibration_data=self.calibration)
+        self._finetune(twin, "twin-" + self._key(sections))
         return twin
+
+    @contextmanager
+    def _from_the_start(self) -> Iterator[None]:
+        """Random numbers and data order as if nothing had run before: rows may have been finished earlier."""
+        from ..tuning.seeding import preserve_random_state, seed_epoch
+
+        with preserve_random_state():
+            seed_epoch(self.train, seed=self.seed, epoch=0)
+            yield
 
     def _finetune(self, network: nn.Module, key: str) -> None:
         from ..tuning import finetune
@@ -205,48 +219,73 @@ class Comparison:
 
     def _context(self, key: str) -> Any:
         from ..techniques.base import Context
-        from ..tuning import evaluate
+        from .measure import accuracy_on
 
         return Context(
             example_inputs=self.example,
             calibration_data=self.calibration,
             train_data=self.train,
-            validate=lambda network: evaluate(network, self.validation).accuracy,
+            validate=accuracy_on(self.validation),
             seed=self.seed,
             options={"folder": self.directory / "checkpoints" / key},
         )
 
-    def _fingerprint(self, run: Run, role: str) -> str:
-        """Of all that decides a row: weights, sections, recipe, seed, sizes of the splits."""
-        sizes = [len(loader) for loader in (self.train, self.validation, self.test)]  # type: ignore[arg-type]
+    # Names of files ----------------------------------------------------------------------------------
+
+    def _key(self, sections: Sequence[Mapping[str, Any]], *role: str) -> str:
+        """Of a network, or with its role of a row: all that runs share, and the sections."""
+        text = json.dumps([self._base, list(sections), *role], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @cached_property
+    def _base(self) -> str:
+        """Of all that runs share: weights, data, recipe, seed, settings."""
         parts = {
             "version": VERSION,
-            "role": role,
-            "sections": run.sections,
             "recipe": self.recipe.to_dict(),
             "epochs": self.epochs,
             "teacher": self.teacher,
             "finetune_after": self.finetune_after,
             "seed": self.seed,
-            "batches": sizes,
-            "weights": _weights_digest(self.model.state_dict()),
+            "settings": self.settings,
+            "weights": digest([list(self.model.state_dict().items())]),
+            "data": self._data(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def _data(self) -> dict[str, str]:
+        """Digests of every batch as the networks get it: content, batch size, number of samples and order."""
+        with self._from_the_start():
+            splits = {"train": self.train, "validation": self.validation, "test": self.test}
+            return {
+                **{name: digest(batches) for name, batches in splits.items()},
+                "calibration": digest(self.calibration),
+            }
 
-def _weights_digest(state: Mapping[str, torch.Tensor]) -> str:
+
+def digest(values: Iterable[Any]) -> str:
+    """SHA-256 over names, shapes, types and contents: tensors, numbers and strings in tuples, lists, batches."""
+    total = hashlib.sha256()
+    for value in values:
+        _digest_into(total, value)
+    return total.hexdigest()
+
+
+def _digest_into(total: Any, value: Any) -> None:
     import torch
 
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(name.encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _key(sections: Sequence[Mapping[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(list(sections), sort_keys=True).encode()).hexdigest()[:16]
+    if hasattr(value, "to_dict"):  # a torch-geometric batch
+        value = list(value.to_dict().items())
+    if isinstance(value, (tuple, list)):
+        total.update(f"[{len(value)}]".encode())
+        for item in value:
+            _digest_into(total, item)
+    elif isinstance(value, str):
+        total.update(value.encode())
+    else:
+        tensor = torch.as_tensor(value).detach().cpu().contiguous()
+        total.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _tree_prefix(sections: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
