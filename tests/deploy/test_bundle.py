@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sigmab_plugin.deploy import Manifest, export, export_chain, read_manifest
+from sigmab_plugin.deploy import Manifest, export, export_chain, export_single_file, read_manifest
 from sigmab_plugin.deploy.manifest import ALIGNMENT, MODALITIES, PAGE
 from sigmab_plugin.deploy.writing import atomic_directory, pack
 from sigmab_plugin.errors import ConfigError, FormatError, ModelError
@@ -201,6 +201,49 @@ def test_an_export_that_cannot_be_done_names_node_and_reason(tmp_path: Path) -> 
         ModelError, match=r"node '0' \(leaf\) cannot be exported to torch.export: \w+Error: .+"
     ):
         export_chain(parts, torch.zeros(2, 3, 2, 2), tmp_path / "b", format="torch")
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ModelError, match=r"Rewrite the operation in that module\.$"):  # no format can
+        export_chain(parts, torch.zeros(2, 3, 2, 2), tmp_path / "b", format="torch")
+
+
+def test_example_inputs_that_do_not_fit_name_the_node(net: Any, images: Tensor, tmp_path: Path) -> None:
+    for example, message in (
+        (
+            torch.zeros(2, 4, 16, 16),
+            r"node 'root' \(backbone\) cannot take inputs of shape \(2, 4, 16, 16\): Runt",
+        ),
+        (images[0].sum(), r"no samples: its shape is \(\)"),
+        (images[:0], r"no samples: its shape is \(0, 3, 16, 16\)"),
+        ((), "needs example inputs"),
+        (images.numpy(), "must be tensors"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            export(net, example, tmp_path / "b", format="torch")
+    with pytest.raises(ModelError, match=r"node '0' \(leaf\) cannot take inputs of shape \(2, 12\)"):
+        export_chain([nn.Flatten(), nn.Linear(11, 3)], torch.zeros(2, 3, 2, 2), tmp_path / "b")
+
+
+def test_a_network_that_is_no_tree_is_told_what_to_call(images: Tensor, tmp_path: Path) -> None:
+    for write in (export, export_single_file):
+        with pytest.raises(ModelError, match=r"Conv2d is not a SigmaB net.*export_chain.*SigmaBPruner"):
+            write(nn.Conv2d(3, 4, 3), images[:2], tmp_path / "b.onnx")
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("onnx", "net.weights"),
+        ("onnx", "net.xml"),
+        ("onnx", "net"),
+        ("openvino", "c3"),
+        ("openvino", "c3.onnx"),
+    ],
+)
+def test_a_single_files_name_is_checked_before_any_work(form: str, name: str, tmp_path: Path) -> None:
+    suffix = {"onnx": ".onnx", "openvino": ".xml"}[form]
+    message = f"format='{form}' writes a file {Path(name).stem}{suffix}; got"
+    with pytest.raises(ConfigError, match=message):
+        export_single_file(None, None, tmp_path / "nodir" / name, format=form)
     assert not any(tmp_path.iterdir())
 
 

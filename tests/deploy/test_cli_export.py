@@ -70,7 +70,11 @@ def test_export_writes_a_bundle_that_runs(
     ("words", "message"),
     [
         ([], "one of --data and --input-shape"),
-        (["--input-shape", "3x16"], "numbers and commas"),
+        (["--input-shape", "3x16"], "numbers above 0 and commas"),
+        (["--input-shape", "3,-16,16"], "numbers above 0 and commas"),
+        (["--input-shape", "4,16,16"], "node 'root' (backbone) cannot take inputs of shape (2, 4, 16, 16)"),
+        (["--input-shape", "3,16,16", "--single-file"], "writes a file b.onnx"),
+        (["--input-shape", "3,16,16", "--single-file", "--format", "openvino"], "writes a file b.xml"),
         (["--input-shape", "3,16,16", "--precision", "int8"], "give --data"),
         (["--input-shape", "3,16,16", "--single-file", "--packed"], "leave out"),
         (["--input-shape", "3,16,16", "--precision", "legonet"], "go together"),

@@ -331,6 +331,13 @@ def test_wrong_inputs_and_closed_runners(bundle: Path, images: Tensor) -> None:
         runner(images[:0])
     with pytest.raises(ConfigError, match="takes 1 inputs; got 2"):
         runner((images, images))
+    with pytest.raises(ConfigError, match=r"must have shape \(batch, 3, 16, 16\); got \(1, 4, 16, 16\)$"):
+        runner(torch.zeros(1, 4, 16, 16))
+    with pytest.raises(ConfigError, match=r"got \(3, 16, 16\); add the batch dimension: x\[None\]"):
+        runner(images[0])
+    with pytest.raises(ConfigError, match=r"no node '9'; its nodes are \['', '0', '0/0'"):
+        runner.warm(["0", "9"])
+    assert runner.resident() == ()
     runner.close()
     runner.close()
     with pytest.raises(SigmaBError, match="closed"):
@@ -343,6 +350,12 @@ def test_wrong_inputs_and_closed_runners(bundle: Path, images: Tensor) -> None:
         ({"prefetch": "all"}, "prefetch must be one of"),
         ({"io": "mmap"}, "io must be one of"),
         ({"bandwidth": 0}, "bandwidth"),
+        ({"bandwidth": "1"}, "bandwidth must be more than 0 bytes a second; got '1'"),
+        ({"budget_bytes": "1"}, "budget_bytes must be a whole number, 0 or more; got '1'"),
+        ({"budget_bytes": -1}, "budget_bytes must be a whole number, 0 or more; got -1"),
+        ({"threads": 0}, "threads must be a whole number, 1 or more; got 0"),
+        ({"threads": -3}, "threads must be a whole number, 1 or more; got -3"),
+        ({"trace": -1}, "trace must be a whole number, 0 or more; got -1"),
         ({"backend": "tflite"}, "unknown backend"),
         ({"backend": "onnxruntime"}, "export again"),
     ],

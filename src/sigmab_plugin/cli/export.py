@@ -94,9 +94,11 @@ def run(args: argparse.Namespace) -> None:
     if args.data is None:
         try:
             shape = [int(n) for n in args.input_shape.split(",")]
+            if min(shape) < 1:
+                raise ValueError(args.input_shape)
         except ValueError as error:
             raise ConfigError(
-                f"--input-shape is numbers and commas, such as 3,224,224; got {args.input_shape!r}"
+                f"--input-shape is numbers above 0 and commas, such as 3,224,224; got {args.input_shape!r}"
             ) from error
         example = torch.randn(2, *shape)
     else:

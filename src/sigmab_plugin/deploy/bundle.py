@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..modes import evaluating
 from . import codebooks
 from .manifest import FileEntry, Manifest, Node, Region, Value
-from .nodes import NodeSource, chain, cut
+from .nodes import NodeSource, chain, check_net, cut
 from .writing import BundleWriter, RawTensor, atomic_directory, write_manifest
 
 if TYPE_CHECKING:
@@ -98,10 +98,11 @@ def export(
 
     Raises:
         ConfigError: options that do not go together.
-        ModelError: a node cannot be exported; the message names it and why.
+        ModelError: ``net`` is no SigmaB net, or a node cannot run or be exported; the message names it and why.
         FormatError: ``directory`` exists and is no bundle, or is one and ``overwrite`` is off.
         MissingDependencyError: the format's library is not installed.
     """
+    check_net(net)
     with evaluating(net):
         sources = cut(net, example_inputs, backbone=backbone)
         calibration = None

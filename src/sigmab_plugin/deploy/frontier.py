@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError
+from .manifest import Value
 
 Array = np.ndarray[Any, Any]
 Frontier = tuple[Array, ...]
@@ -31,23 +33,32 @@ def take(frontier: Frontier, index: Array, modality: str) -> Frontier:
     return x[rows], pos[rows], renumbered[rows]
 
 
-def as_arrays(inputs: Any, dtypes: tuple[str, ...]) -> Frontier:
+def as_arrays(inputs: Any, wanted: Sequence[Value]) -> Frontier:
     """The arguments of a call as contiguous arrays: a NumPy array, a tensor, or a tuple of them.
 
     Raises:
-        ConfigError: their number or types are not the bundle's, or there is no sample.
+        ConfigError: their number, types or shapes are not the bundle's, or there is no sample.
     """
     values = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    if len(values) != len(dtypes):
-        raise ConfigError(f"this bundle takes {len(dtypes)} inputs; got {len(values)}")
+    if len(values) != len(wanted):
+        raise ConfigError(f"this bundle takes {len(wanted)} inputs; got {len(values)}")
     arrays = []
-    for position, (value, dtype) in enumerate(zip(values, dtypes, strict=True)):
+    for position, (value, described) in enumerate(zip(values, wanted, strict=True)):
         if hasattr(value, "detach"):
             value = value.detach().cpu()
-        array = np.ascontiguousarray(value)
-        if array.dtype.name != dtype:
-            raise ConfigError(f"input {position} must be {dtype}; got {array.dtype.name}")
-        if array.shape[:1] in ((), (0,)):
+        array = np.asarray(value)
+        if array.dtype.name != described.dtype:
+            raise ConfigError(f"input {position} must be {described.dtype}; got {array.dtype.name}")
+        if not _fits(array.shape, described.shape):
+            shape = ", ".join("batch" if n is None else str(n) for n in described.shape)
+            hint = "; add the batch dimension: x[None]" if _fits((1, *array.shape), described.shape) else ""
+            raise ConfigError(f"input {position} must have shape ({shape}); got {array.shape}{hint}")
+        if array.shape[0] == 0:
             raise ConfigError(f"input {position} has no samples: its shape is {array.shape}")
+        array = np.ascontiguousarray(array)
         arrays.append(array)
     return tuple(arrays)
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(b is None or a == b for a, b in zip(shape, wanted, strict=True))

@@ -111,11 +111,11 @@ def cut(net: Any, example_inputs: Any, *, backbone: bool = True) -> tuple[NodeSo
     a traced batch of one would be taken for a constant. Without ``backbone`` the root takes the frontier
     and only routes. Call inside :func:`~sigmab_plugin.modes.evaluating`.
     """
-    inputs = _at_least_two(as_arguments(example_inputs), type(net.modality).__name__)
+    inputs = _at_least_two(as_arguments(example_inputs))
     names = _names("input", len(inputs))
     start: nn.Module = net.backbone
     if not backbone:
-        inputs, start = _flat(net.backbone(*inputs)), _Given()
+        inputs, start = _flat(_run(net.backbone, inputs, "", "backbone")), _Given()
         names = _names("frontier", len(inputs))
     known = (*net.inner_nodes, *net.leaves)
     sources: list[NodeSource] = []
@@ -124,7 +124,7 @@ def cut(net: Any, example_inputs: Any, *, backbone: bool = True) -> tuple[NodeSo
         key, root = module_key(path), path == ""
         if path in net.leaves:
             leaf = _Leaf(net.specializers[key], net.heads[key]).eval()
-            out = leaf(*example)
+            out = _run(leaf, example, path, "leaf")
             sources.append(
                 NodeSource(path, key, "leaf", (), leaf, example, names, _names("logits", len(out)), out)
             )
@@ -132,10 +132,10 @@ def cut(net: Any, example_inputs: Any, *, backbone: bool = True) -> tuple[NodeSo
         body = start if root else net.specializers[key]
         depth = path.count("/") + 1 if path else 0
         module = _Inner(body, net.routers[key], net.modalities[depth]).eval()
-        out = module(*example)
+        role = "backbone" if root else "inner"
+        out = _run(module, example, path, role)
         frontier_names = _names("frontier", len(out) - 1)
         children = children_of(path, known)
-        role = "backbone" if root else "inner"
         outputs = (*(f"{name}_out" for name in frontier_names), "router_logits")
         sources.append(NodeSource(path, key, role, children, module, example, names, outputs, out))
         for child in children:
@@ -152,17 +152,17 @@ def chain(modules: Sequence[nn.Module], example_inputs: Any) -> tuple[NodeSource
     """
     if not modules:
         raise ModelError("a chain needs at least one module")
-    example = _at_least_two(as_arguments(example_inputs), "")
+    example = _at_least_two(as_arguments(example_inputs))
     names = _names("input", len(example))
     sources, path = [], ""
     for index, module in enumerate(modules):
         last = index == len(modules) - 1
         link = _Chained(module).eval()
-        out = link(*example)
+        role = "leaf" if last else ("backbone" if index == 0 else "inner")
+        out = _run(link, example, path, role)
         child = f"{path}/0" if path else "0"
         frontier_names = _names("frontier", len(out))
         outputs = _names("logits", len(out)) if last else tuple(f"{name}_out" for name in frontier_names)
-        role = "leaf" if last else ("backbone" if index == 0 else "inner")
         children = () if last else (child,)
         sources.append(NodeSource(path, module_key(path), role, children, link, example, names, outputs, out))
         path, example, names = child, out, frontier_names
@@ -173,13 +173,48 @@ def _names(stem: str, count: int) -> tuple[str, ...]:
     return (stem,) if count == 1 else tuple(f"{stem}_{i}" for i in range(count))
 
 
-def _at_least_two(inputs: tuple[Any, ...], modality: str) -> tuple[Tensor, ...]:
+def _run(module: nn.Module, inputs: tuple[Tensor, ...], path: str, role: str) -> Any:
+    """``module(*inputs)``.
+
+    Raises:
+        ModelError: it fails; names the node and the shapes.
+    """
+    try:
+        return module(*inputs)
+    except Exception as error:  # a forward pass may raise anything
+        shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ModelError(
+            f"node {path or 'root'!r} ({role}) cannot take inputs of shape {shapes}: "
+            f"{type(error).__name__}: {reason}. Give example inputs as the network takes them, batch first"
+        ) from error
+
+
+def check_net(net: Any) -> None:
+    """Whether ``net`` is a tree that :func:`cut` can cut.
+
+    Raises:
+        ModelError: it is not; says what to call instead.
+    """
+    parts = ("backbone", "routers", "specializers", "heads", "leaves", "inner_nodes", "modality")
+    if not all(hasattr(net, name) for name in parts):
+        raise ModelError(
+            f"{type(net).__name__} is not a SigmaB net, which this export cuts at its routers: use "
+            "export_chain([model], ...) for an unbranched network, or restructure it with SigmaBPruner first"
+        )
+
+
+def _at_least_two(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    if not inputs:
+        raise ModelError("the export needs example inputs: pass a batch, or a tuple of positional arguments")
     for value in inputs:
         if not isinstance(value, Tensor):
             raise ModelError(
                 f"example inputs must be tensors to be exported; got {type(value).__name__}: "
                 "pass the positional tensors that the backbone takes"
             )
+        if value.ndim == 0 or value.shape[0] == 0:
+            raise ModelError(f"an example input has no samples: its shape is {tuple(value.shape)}")
     if inputs[0].shape[0] >= 2 or len({v.shape[0] for v in inputs}) > 1:
         return inputs
     return tuple(torch.cat([v, v]) for v in inputs)

@@ -57,11 +57,15 @@ def dynamic_shapes(source: NodeSource, modality: str) -> tuple[dict[int, Any], .
     return tuple({0: batch} if t.ndim else {} for t in source.example)
 
 
-def export_failure(source: NodeSource, what: str, error: Exception) -> ModelError:
-    """The error for a node that cannot be exported: which one, to what, why."""
+def export_failure(source: NodeSource, what: str, error: Exception, *, traced: bool) -> ModelError:
+    """The error for a node that cannot be exported: which one, to what, why.
+
+    ``traced``: torch.export, which every format begins with, had done its part.
+    """
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    hint = ", or use format='torch', which needs torch.export only" if traced else ""
     detail = next((line for line in str(cause).splitlines() if line.strip()), repr(cause))
     # torch.export says further down which line of the model it could not follow.
     place = re.search(r'this error:\s+File "[^"]*?([^"/\\]+)", line (\d+), in (\w+)\s+(.+)', str(cause))
@@ -69,7 +73,7 @@ def export_failure(source: NodeSource, what: str, error: Exception) -> ModelErro
         detail += f" at `{place[4].strip()}` ({place[1]}:{place[2]}, {place[3]})"
     return ModelError(
         f"{source} cannot be exported to {what}: {type(cause).__name__}: {detail[:600]}\n"
-        "Rewrite the operation in that module, or use format='torch', which needs torch.export only."
+        f"Rewrite the operation in that module{hint}."
     )
 
 
@@ -112,7 +116,8 @@ def export_node(source: NodeSource, *, modality: str, opset: int = OPSET) -> onn
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many kinds; all of them mean the same to the caller
-        raise export_failure(source, "ONNX", error) from error
+        traced = type(error).__name__ != "TorchExportError"
+        raise export_failure(source, "ONNX", error, traced=traced) from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     for node in model.graph.node:

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,13 @@ class Result:
 
 
 def _check_bandwidth(bandwidth: float | None) -> None:
-    if bandwidth is not None and not bandwidth > 0:
+    if bandwidth is not None and not (isinstance(bandwidth, Real) and bandwidth > 0):
         raise ConfigError(f"bandwidth must be more than 0 bytes a second; got {bandwidth!r}")
+
+
+def _check_count(name: str, value: int | None, minimum: int) -> None:
+    if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < minimum):
+        raise ConfigError(f"{name} must be a whole number, {minimum} or more; got {value!r}")
 
 
 class Runner:
@@ -101,6 +107,9 @@ class Runner:
         if verify not in VERIFY:
             raise ConfigError(f"verify must be one of {', '.join(VERIFY)}; got {verify!r}")
         _check_bandwidth(bandwidth)
+        _check_count("budget_bytes", budget_bytes, 0)
+        _check_count("threads", threads, 1)
+        _check_count("trace", trace, 0)
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
         if self.manifest.requires.get("backbone", False) != (backbone is not None):
@@ -187,7 +196,7 @@ class Runner:
                 self._read_ahead(self._nodes[""], ())
             with self.trace.span("compute", "backbone"):
                 inputs = self._given_backbone(*inputs if isinstance(inputs, (tuple, list)) else (inputs,))
-        arrays = frontiers.as_arrays(inputs, tuple(value.dtype for value in self._nodes[""].inputs))
+        arrays = frontiers.as_arrays(inputs, self._nodes[""].inputs)
         parts: list[tuple[Array, str, Frontier]] = []
         self._visit("", arrays, None, (), parts)
         total = sum(len(index) for index, _, _ in parts)
@@ -297,8 +306,16 @@ class Runner:
         return data
 
     def warm(self, paths: Sequence[str] | None = None) -> None:
-        """Load nodes now, all or ``paths``; if they exceed the budget, the last ones stay."""
-        for path in self._nodes if paths is None else paths:
+        """Load nodes now, all or ``paths``; if they exceed the budget, the last ones stay.
+
+        Raises:
+            ConfigError: the bundle has no such node; none is loaded then.
+        """
+        wanted = tuple(self._nodes if paths is None else paths)
+        unknown = [path for path in wanted if path not in self._nodes]
+        if unknown:
+            raise ConfigError(f"this bundle has no node {unknown[0]!r}; its nodes are {list(self._nodes)}")
+        for path in wanted:
             self._residency.acquire(path)
             self._residency.release(path)
 

@@ -15,14 +15,15 @@ import numpy as np
 
 from ..errors import ConfigError, ModelError
 from ..modes import evaluating
-from .nodes import NodeSource, cut
+from .nodes import NodeSource, check_net, cut
 from .onnx_graph import INLINE_BYTES, export_node, require
 from .writing import BundleWriter
 
 if TYPE_CHECKING:
     import onnx
 
-FORMATS = ("onnx", "openvino")
+#: Format -> how its file's name ends, and the libraries it takes.
+FORMATS = {"onnx": (".onnx", ("onnx",)), "openvino": (".xml", ("onnx", "openvino"))}
 
 
 def export_single_file(net: Any, example_inputs: Any, file: str | Path, *, format: str = "onnx") -> Path:  # noqa: A002
@@ -38,12 +39,21 @@ def export_single_file(net: Any, example_inputs: Any, file: str | Path, *, forma
         ``file``. Each file appears whole or not at all, the graph last.
 
     Raises:
-        ConfigError: an unknown format.
-        ModelError: a node cannot be exported, or takes a ragged batch; the message names it and why.
+        ConfigError: an unknown format, or a file name that does not end as the format's files do.
+        ModelError: ``net`` is no SigmaB net, or a node cannot be exported, or takes a ragged batch; the message
+            names it and why.
     """
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
     file = Path(file)
+    suffix, libraries = FORMATS[format]
+    if file.suffix != suffix or file.is_dir():
+        raise ConfigError(
+            f"format={format!r} writes a file {file.stem or 'model'}{suffix}; got {str(file)!r}"
+        )
+    check_net(net)
+    for name in libraries:
+        require(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     with evaluating(net):
         sources = {source.path: source for source in cut(net, example_inputs)}

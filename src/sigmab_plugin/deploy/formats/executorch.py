@@ -26,6 +26,7 @@ def export_artefact(source: NodeSource, options: Options) -> Artefact:
     partitioner = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     example = tuple(t[:MAX_BATCH] for t in source.example)
+    program = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations
@@ -37,7 +38,7 @@ def export_artefact(source: NodeSource, options: Options) -> Artefact:
             )
             data = bytes(lowered.to_executorch().buffer)
     except Exception as error:  # the stages raise many kinds; all of them mean the same to the caller
-        raise export_failure(source, "ExecuTorch", error) from error
+        raise export_failure(source, "ExecuTorch", error, traced=program is not None) from error
     program_bytes = json.dumps({"method": "forward", "max_batch": MAX_BATCH}).encode()
     return Artefact(program_bytes, ".json", [("pte", "uint8", (len(data),), data)])
 

@@ -51,7 +51,7 @@ def export_artefact(source: NodeSource, options: Options) -> Artefact:
             dynamic_shapes=(fixed, dynamic_shapes(source, options.modality)),
         )
     except Exception as error:  # torch.export raises many kinds; all of them mean the same to the caller
-        raise export_failure(source, "torch.export", error) from error
+        raise export_failure(source, "torch.export", error, traced=False) from error
     # Examples would be stored with the program: the weights once more, and pickled.
     program._example_inputs = None  # type: ignore[assignment]
     data = io.BytesIO()
