@@ -54,7 +54,13 @@ def test_example(path: Path, nncf_major: int, request: Any, tmp_path: Path) -> N
     result.save(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size > 0
     structure = tmp_path / ("compression_state.json" if nncf_major == 2 else "nncf.json")
-    assert structure.exists() == ("weight_compression" not in names)  # NNCF has no config for these hooks
+    own = names[-1] in (
+        "quantization",
+        "magnitude_sparsity",
+    )  # NNCF has no config for weight_compression's hooks
+    assert structure.exists() == own
+    assert (tmp_path / "plan.json").exists() == (nncf_major == 3 or not own)
+    assert (tmp_path / "legonet.safetensors").exists() == (names[-1] == "legonet")
 
 
 def test_examples_are_checked_without_nncf() -> None:

@@ -10,10 +10,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .options import load_model, open_data, read_sections
+from .options import VALIDATION_FRACTION, load_model, open_data, read_sections
 
 if TYPE_CHECKING:
+    from ..data import Dataset
     from ..hosts.nncf_file import Way
+    from ..hosts.nncf_schema import Section
     from ..hosts.nncf_v3 import SectionReport
 
 #: Options that change one field of the file's sigmab section.
@@ -35,12 +37,14 @@ def carry_out(args: argparse.Namespace, device: Any) -> None:
         ConfigError: an option that these files have no use for, or a file that the installed NNCF cannot carry out.
         MissingDependencyError: a section needs NNCF.
     """
+    from ..data import Loader
     from ..hosts.nncf_file import compress_from_file, way_of
+    from ..hosts.nncf_needs import chooses
     from ..hosts.nncf_schema import check
     from ..tuning.distributed import is_distributed
     from .calibration import Labelled
     from .folder import record_of
-    from .measure import check_fit, example_of, say, shows_progress
+    from .measure import accuracy_on, check_fit, example_of, say, shows_progress
 
     if args.preset:
         raise ConfigError("give --config or --preset, not both")
@@ -54,10 +58,15 @@ def carry_out(args: argparse.Namespace, device: Any) -> None:
             f"{args.config} lists more than a tree, which NNCF does in one process: leave torchrun out"
         )
     content = merged(args)
-    way = way_of(check(content))
+    entries = check(content)
+    way = way_of(entries)
     model = load_model(args).to(device)
     data = open_data(args)
     check_fit(model, example_of(data, device), len(data.classes), args.data)
+    choosing = chooses(entries)
+    held_out = None
+    if choosing is not None:
+        data, held_out = hold_out(args, data, choosing)
     results = sys.stdout
     if not args.json:
         print(way, file=results, flush=True)
@@ -68,6 +77,8 @@ def carry_out(args: argparse.Namespace, device: Any) -> None:
 
     batches = Labelled(data, args, device)
     say(args, f"carrying out {args.config} over {batches.samples:,} samples")
+    if held_out is not None:
+        say(args, f"{len(held_out):,} samples are held out: {choosing} chooses on them")
     with contextlib.redirect_stdout(sys.stderr):  # where NNCF logs and draws its bars
         if way.kind != "techniques" and not shows_progress(args):
             quieten_nncf(way)
@@ -76,10 +87,11 @@ def carry_out(args: argparse.Namespace, device: Any) -> None:
             model,
             calibration_data=batches,
             train_data=batches,
+            validate=None if held_out is None else accuracy_on(Loader(held_out, batch_size=args.batch_size)),
             on_section=on_section,
             seed=args.seed,
         )
-        result.save(args.out)
+        saved = result.save(args.out)
     record_of(args).write(args.out)
     if args.json:
         record = {
@@ -90,11 +102,33 @@ def carry_out(args: argparse.Namespace, device: Any) -> None:
                 {"section": report.section, "text": report.text, "facts": report.facts}
                 for report in result.reports
             ],
-            "files": {"network": str(args.out)},
+            "validation_samples": 0 if held_out is None else len(held_out),
+            "files": {"network": str(args.out), **{file.kind: str(file.path) for file in saved}},
+            "read_by": {file.kind: file.read_by for file in saved},
         }
         print(json.dumps(record, indent=1), file=results)
     else:
         print(f"\nnetwork  {args.out}", file=results)
+        for file in saved:
+            size = f"{file.path.stat().st_size:,} bytes"
+            print(f"{file.kind.ljust(7)}  {file.path} ({size}), read by {file.read_by}", file=results)
+
+
+def hold_out(args: argparse.Namespace, data: Dataset, choosing: Section) -> tuple[Dataset, Dataset]:
+    """(what is compressed on, the share that ``choosing`` chooses on), the same share for the same ``--seed``.
+
+    Raises:
+        ConfigError: the data have too few labelled samples to hold any out.
+    """
+    from ..data import split_validation
+
+    try:
+        return split_validation(data, fraction=VALIDATION_FRACTION, seed=args.seed)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{choosing} chooses on held-out samples, and none can be held out of {args.data}: {error}. Give --data "
+            "with two labelled samples of every class at least"
+        ) from error
 
 
 def quieten_nncf(way: Way) -> None:

@@ -14,7 +14,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "evaluate",
         help="accuracy, sizes and leaf shares of a saved network",
         description="Evaluates a saved tree with hard routing on held-out data, beside the dense model (where its "
-        "weights are known) and the static twin (where the folder has one).",
+        "weights are known) and the static twin (where the folder has one). Other networks that compress has saved are "
+        "evaluated beside the dense model.",
     )
     parser.add_argument(
         "--report", type=Path, metavar="FILE.html", help="write the HTML report, and its data as JSON"
@@ -25,24 +26,28 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     from ..data import Loader
+    from ..hosts.nncf_folder import is_tree
     from ..report import write_report
     from ..report.provenance import provenance
     from ..tuning import evaluate
-    from .folder import LOG, TWIN_LOG, open_dense, open_net, open_twin, read_record
+    from .folder import LOG, TWIN_LOG, open_dense, open_net, open_other, open_twin, read_record
     from .measure import Measured, check_fit, collect, command_line, example_of, read_history, say, show
 
     record = read_record(args.folder, args)
     device = pick_device(args)
-    net = open_net(args.folder, record, device)
+    tree = is_tree(args.folder)
+    net: Any = open_net(args.folder, record, device) if tree else None
     data = open_data(args)
     example = example_of(data, device)
+    net = net if tree else open_other(args.folder, record, example, device)
     check_fit(net, example, len(data.classes), args.data)
+    twin = open_twin(args.folder, record, net, example, device) if tree else None
     loader = Loader(data, batch_size=args.batch_size)
     networks = []
     for name, role, module, log in (
         ("dense", "dense", open_dense(record, device), None),
-        ("SigmaB", "sigmab", net, args.folder / LOG),
-        ("static twin", "twin", open_twin(args.folder, record, net, example, device), args.folder / TWIN_LOG),
+        ("SigmaB" if tree else "compressed", "sigmab" if tree else "other", net, args.folder / LOG),
+        ("static twin", "twin", twin, args.folder / TWIN_LOG),
     ):
         if module is None:
             continue

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .options import (
+    VALIDATION_FRACTION,
     add_folder_options,
     open_data,
     positive,
@@ -51,9 +52,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     group.add_argument(
         "--val-fraction",
         type=float,
-        default=0.1,
+        default=VALIDATION_FRACTION,
         metavar="F",
-        help="share of the training split held back for validation each epoch (default 0.1; 0: none)",
+        help="share of the training split held back for validation each epoch "
+        f"(default {VALIDATION_FRACTION}; 0: none)",
     )
     group.add_argument(
         "--keep", choices=("last", "best"), default="last", help="epoch that is saved (default last)"

@@ -1,6 +1,7 @@
 """A folder that the command line writes and reads again.
 
-``plan.json`` and ``model.safetensors`` are the saved net (:func:`sigmab_plugin.save`); ``sigmab.json`` says which
+``plan.json`` and ``model.safetensors`` are the saved net (:func:`sigmab_plugin.save`), without a plan a network that
+is no tree (:mod:`sigmab_plugin.hosts.nncf_folder`); ``sigmab.json`` says which
 dense model it came from, so that later commands need not be told again; ``twin.safetensors`` is the static twin.
 """
 
@@ -14,8 +15,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, FormatError
-from .options import build_model, parse_model_args, read_json
+from ..errors import ConfigError, FormatError, ModelError
+from ..hosts.nncf_folder import (
+    CONFIG_STATE,
+    FUNCTIONS_STATE,
+    PLAN,
+    WEIGHTS,
+    is_depth_pruned,
+    is_tree,
+    reader_of,
+)
+from .options import build_model, load_weights, parse_model_args, read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,8 +35,6 @@ if TYPE_CHECKING:
 RECORD = "sigmab.json"
 TWIN = "twin.safetensors"
 LOG, TWIN_LOG = "log.json", "twin-log.json"
-#: What NNCF's functions, and NNCF 2.x's config path, leave beside the weights.
-FUNCTIONS_STATE, CONFIG_STATE = "nncf.json", "compression_state.json"
 
 
 @dataclass(frozen=True)
@@ -88,16 +96,12 @@ def open_net(folder: Path, record: Record, device: Any) -> SigmaBNet:
     """The saved net, in eval mode on ``device``; with NNCF's quantizers and masks where ``compress`` has added some.
 
     Raises:
-        ConfigError: NNCF 2.x wrote the folder.
+        ConfigError: NNCF 2.x wrote the folder, or it holds no tree.
         MissingDependencyError: the folder needs NNCF.
     """
     from ..tree import load
 
-    if (folder / CONFIG_STATE).is_file():
-        raise ConfigError(
-            f"{folder} was written by NNCF 2.x: read it with create_compressed_model(model, config, "
-            f"compression_state=...) and {CONFIG_STATE}, then load model.safetensors"
-        )
+    check_tree(folder)
     dense = build_model(record.model, record.model_args)
     if (folder / FUNCTIONS_STATE).is_file():
         from ..hosts import nncf_v3
@@ -107,6 +111,67 @@ def open_net(folder: Path, record: Record, device: Any) -> SigmaBNet:
         with redirect_stdout(sys.stderr):  # where NNCF logs
             return nncf_v3.load(folder, dense).to(device)
     return load(folder, dense, device=device)
+
+
+def check_tree(folder: Path) -> None:
+    """Raise where the folder holds a network that is no tree, and say what reads it.
+
+    Raises:
+        ConfigError: see above. FormatError: there is no network at all.
+    """
+    _refuse_config_state(folder)
+    if not is_tree(folder):
+        raise ConfigError(f"no {PLAN} in {folder}: not a saved SigmaB net but {reader_of(folder)}")
+
+
+def _refuse_config_state(folder: Path) -> None:
+    if (folder / CONFIG_STATE).is_file():
+        raise ConfigError(
+            f"{folder} was written by NNCF 2.x: read it with create_compressed_model(model, config, "
+            f"compression_state=...) and {CONFIG_STATE}, then load {WEIGHTS}"
+        )
+
+
+def open_other(folder: Path, record: Record, example: Any, device: Any) -> nn.Module:
+    """A saved network that is no tree, in eval mode on ``device``: shortened, masked, of blocks, or quantized.
+
+    Args:
+        example: inputs of one sample, to cut a depth-pruned network's dense model with.
+
+    Raises:
+        ConfigError: NNCF 2.x wrote the folder.
+        MissingDependencyError: the folder needs NNCF.
+        FormatError: the weights are missing or damaged. ModelError: they are another model's.
+    """
+    _refuse_config_state(folder)
+    dense = build_model(record.model, record.model_args)
+    if is_depth_pruned(folder):
+        from ..techniques.depth_pruning import load_depth_pruned
+
+        return load_depth_pruned(folder / WEIGHTS, dense.to(device), example).eval()
+    if (folder / FUNCTIONS_STATE).is_file():
+        return _restored(folder, dense).to(device).eval()
+    load_weights(dense, folder / WEIGHTS)
+    return dense.to(device).eval()
+
+
+def _restored(folder: Path, dense: nn.Module) -> nn.Module:
+    from safetensors.torch import load_file
+
+    from ..hosts.nncf_schema import nncf_version
+
+    nncf_version()
+    with redirect_stdout(sys.stderr):  # where NNCF logs
+        from ..hosts import nncf_v3
+
+        state, weights = read_json(folder / FUNCTIONS_STATE), load_file(folder / WEIGHTS)
+        try:
+            return nncf_v3.load_from_config(dense.eval(), state, weights)
+        except RuntimeError as error:
+            raise ModelError(
+                f"{folder / WEIGHTS} does not fit {type(dense).__name__}: {error}. After depth_pruning give "
+                "nncf_v3.load_from_config the network that depth_prune makes with the same cut"
+            ) from error
 
 
 def open_dense(record: Record, device: Any) -> nn.Module | None:

@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise ConfigError(f"no such folder: {args.folder}; give what `sigmab compress --out` wrote")
     from ..tree import read_plan
+    from .folder import check_tree
 
+    check_tree(args.folder)
     plan = read_plan(args.folder)
     nodes = describe(plan, stored_sizes(args.folder))
     paths = {leaf: path_size(plan, nodes, leaf) for leaf in plan.leaves}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -60,6 +60,17 @@ def check_fit(module: nn.Module, example: Any, classes: int, data: str) -> None:
         raise ModelError(
             f"the model has {logits.shape[1]} classes and {data} has {classes}; see --model-args, or choose other data"
         )
+
+
+def accuracy_on(loader: Iterable[Any]) -> Callable[[nn.Module], float]:
+    """What a technique chooses by: accuracy on held-out batches, a tree's with hard routing."""
+
+    def accuracy(network: nn.Module) -> float:
+        from ..tuning import evaluate
+
+        return evaluate(network, loader).accuracy
+
+    return accuracy
 
 
 def table_row(network: Measured, example: Any) -> Row:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from ..data import Dataset
 
+#: Share of the training split that choices are made on, where no other split is named.
+VALIDATION_FRACTION = 0.1
+
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What every subcommand that computes has."""

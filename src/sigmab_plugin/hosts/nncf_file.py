@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -19,9 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..errors import CalibrationError, ConfigError, MissingDependencyError, ModelError
+from ..errors import CalibrationError, ConfigError, MissingDependencyError
 from ..techniques.base import Context
-from .nncf_schema import Section, SectionError, check, nncf_version, parameter_line, read
+from .nncf_folder import SavedFile, write
+from .nncf_needs import ARGUMENTS, check_needs
+from .nncf_outcome import outcome
+from .nncf_schema import Section, SectionError, check, nncf_version, read
 from .nncf_v3 import SectionReport
 from .nncf_v3_parts import as_inputs
 from .nncf_v3_sections import FUNCTION_ALGORITHMS
@@ -31,7 +33,6 @@ _log = logging.getLogger(__name__)
 LEGACY_TRACING = "NNCF_TORCH_LEGACY_TRACING"
 #: What NNCF 2.x has in its functions and not in its config files.
 FUNCTIONS_ONLY = ("weight_compression",)
-PLAN, FUNCTIONS_STATE, CONFIG_STATE = "plan.json", "nncf.json", "compression_state.json"
 
 
 @dataclass(frozen=True)
@@ -100,57 +101,30 @@ class Compressed:
         path: which way was taken: ``"NNCF 3.4: functions"``.
         reports: what each section did.
         controller: NNCF 2.x's compression controller; None on the other paths.
+        plain: the last section is a technique, so that nothing of NNCF's is left in the network: what stood before
+            is fixed in the weights.
     """
 
     network: nn.Module
     path: str
     reports: tuple[SectionReport, ...]
     controller: Any = None
+    plain: bool = False
 
-    def save(self, directory: str | Path) -> Path:
-        """Weights by safetensors, and beside them the JSON that rebuilds the structure.
+    def save(self, directory: str | Path) -> tuple[SavedFile, ...]:
+        """Weights by safetensors, what rebuilds the structure, and what else the techniques found; returns the files.
 
-        ``nncf.json`` (functions) is read by ``nncf_v3.load_from_config``; ``compression_state.json`` (2.x) is what
-        ``create_compressed_model(compression_state=...)`` takes. A tree has its ``plan.json`` too, except on 2.x, where
-        the plan is part of the compression state. Files of these names that belonged to another network are removed.
+        Where NNCF has added nothing that is still in the network, the folder is the same for every NNCF and without
+        one: a tree as :func:`sigmab_plugin.load` reads it, a depth-pruned network as ``load_depth_pruned`` does,
+        anything else as a plain state dict. Otherwise ``nncf.json`` (functions) is read by
+        ``nncf_v3.load_from_config``, and ``compression_state.json`` (2.x) is what
+        ``create_compressed_model(compression_state=...)`` takes. LegoNet's packed form is ``legonet.safetensors``,
+        Mix-and-Match's table of runs ``mix_and_match.json``.
         """
-        from safetensors.torch import save_file
-
-        from ..tree.io import save as save_net
-        from ..tree.io import unshared
-        from ..tree.net import SigmaBNet
-
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        for name in (PLAN, FUNCTIONS_STATE, CONFIG_STATE):
-            (target / name).unlink(missing_ok=True)
-        weights = unshared(self.network.state_dict())
-        if isinstance(self.network, SigmaBNet) and self.controller is None:
-            save_net(self.network, target)
-        else:
-            save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-        if self.controller is not None:
-            state = json.dumps(self.controller.get_compression_state(), indent=1, default=_plain)
-            (target / CONFIG_STATE).write_text(state + "\n", encoding="utf-8")
-        elif self.path != NO_NNCF:
-            from .nncf_v3 import get_config
-
-            try:
-                text = json.dumps(get_config(self.network), indent=1)
-            except ModelError as error:
-                _log.warning("no %s in %s: %s", FUNCTIONS_STATE, target, error)
-                return target
-            (target / FUNCTIONS_STATE).write_text(text + "\n", encoding="utf-8")
-        return target
+        return write(self.network, Path(directory), plain=self.plain, controller=self.controller)
 
 
 NO_NNCF = "no NNCF installed: techniques of this package only"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} in a compression state cannot be written as JSON")
 
 
 def compress_from_file(
@@ -172,15 +146,23 @@ def compress_from_file(
         calibration_data: re-iterable of ``(inputs, targets)``; inputs are a tensor or a tuple of positional arguments.
         fine_tune: ``fine_tune(network, what)``; ``what`` is the compression controller on NNCF 2.x (called once, at the
             end) and the algorithm's name elsewhere (called after each section).
+        train_data: re-iterable of ``(inputs, targets)``; default: the calibration data, as in NNCF 2.x.
+        validate: ``validate(network)`` -> score on held-out data, for sections that make a choice.
         on_section: receives a report after each section, as it finishes.
 
     Raises:
         ConfigError: the file cannot be carried out here; nothing has run yet.
+        CalibrationError: a section needs data or ``validate``, which are not given; nothing has run yet.
         MissingDependencyError: the file needs NNCF and there is none.
     """
     loaded = read(config)
     entries = check(loaded)
     way = way_of(entries)
+    if train_data is None:
+        train_data = calibration_data
+    given = {"validate": validate, "train_data": train_data, "calibration_data": calibration_data}
+    present = {name: value is not None for name, value in given.items()}
+    check_needs(entries, present, how=ARGUMENTS, tree=hasattr(model, "forward_leaves"))
     reports: list[SectionReport] = []
 
     def report(entry: SectionReport) -> None:
@@ -200,7 +182,8 @@ def compress_from_file(
         )
         network = _techniques_only(model, entries, context, fine_tune, report)
     elif way.kind == "config file":
-        controller, network = _by_create_compressed_model(model, loaded, entries, calibration_data, report)
+        data = _Registered(calibration_data, train_data, loss_fn, validate)
+        controller, network = _by_create_compressed_model(model, loaded, entries, data, report)
         if fine_tune is not None:
             fine_tune(network, controller)
         network.eval()
@@ -221,7 +204,8 @@ def compress_from_file(
             on_section=report,
             seed=seed,
         )
-    return Compressed(network, way.name, tuple(reports), controller)
+    plain = all(entry.technique is not None for entry in entries[-1:])
+    return Compressed(network, way.name, tuple(reports), controller, plain)
 
 
 def _inputs(batch: Any) -> Any:
@@ -259,37 +243,46 @@ def _techniques_only(
     network = model
     for entry in entries:
         assert entry.technique is not None
-        before = sum(p.numel() for p in network.parameters())
-        network = entry.technique.apply(network, entry.config, context)
-        after = sum(p.numel() for p in network.parameters())
-        facts = {"before": before, "after": after}
-        report(SectionReport(str(entry), parameter_line(before, after), facts))
+        before = network
+        network = entry.technique.apply(before, entry.config, context)
+        report(SectionReport(str(entry), *outcome(before, network)))
         if fine_tune is not None:
             fine_tune(network, entry.algorithm)
     return network.eval() if network is not model else network
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """What is registered with NNCF 2.x's config."""
+
+    calibration_data: Iterable[Any] | None
+    train_data: Iterable[Any] | None
+    loss_fn: Callable[[Any, Any], Any] | None
+    validate: Callable[[nn.Module], float] | None
 
 
 def _by_create_compressed_model(
     model: nn.Module,
     loaded: dict[str, Any],
     entries: Sequence[Section],
-    calibration_data: Iterable[Any] | None,
+    data: _Registered,
     report: Callable[[SectionReport], None],
 ) -> tuple[Any, nn.Module]:
     require_legacy_tracing(nncf_version())
     import nncf.torch
     from nncf import NNCFConfig
-    from nncf.config.structures import BNAdaptationInitArgs, QuantizationRangeInitArgs
 
     from .nncf_v2 import register
-    from .nncf_v2_data import BatchLoader
+    from .nncf_v2_data import extra_structs
     from .nncf_v2_statistics import summary
 
     register()
-    config = NNCFConfig.from_dict(with_input_info(loaded, calibration_data))
-    if calibration_data is not None:
-        loader = BatchLoader(calibration_data)
-        config.register_extra_structs([QuantizationRangeInitArgs(loader), BNAdaptationInitArgs(loader)])
+    config = NNCFConfig.from_dict(with_input_info(loaded, data.calibration_data))
+    config.register_extra_structs(
+        extra_structs(
+            data.calibration_data, train_data=data.train_data, loss_fn=data.loss_fn, validate=data.validate
+        )
+    )
     controller, network = nncf.torch.create_compressed_model(model, config, dump_graphs=False)
     known = dict(controller.statistics())
     for entry in entries:

@@ -32,7 +32,9 @@ from ..config import SigmaBConfig
 from ..counting import parameter_count
 from ..errors import ConfigError, FormatError
 from ..techniques.base import Technique
-from ..tree.net import SigmaBNet
+from ..tree.net import ParameterCounts, SigmaBNet
+from .nncf_needs import REGISTERED, check_needs
+from .nncf_outcome import outcome
 from .nncf_schema import as_list, check, check_levels, hide_untraced, sections, techniques
 from .nncf_v2_controller import (
     FinishedController,
@@ -40,7 +42,7 @@ from .nncf_v2_controller import (
     TechniqueController,
     TreeController,
 )
-from .nncf_v2_data import context_of
+from .nncf_v2_data import context_of, registered
 from .nncf_v2_network import adopt, rewrap, unwrap, weights_of
 from .nncf_v2_statistics import summary
 
@@ -80,8 +82,9 @@ class TechniqueBuilder(PTCompressionAlgorithmBuilder):
         section = {key: value for key, value in self._algo_config.items() if key in self._own_keys()}
         self.section = self.technique.config.from_dict(section)
         self._state: dict[str, Any] = {}
-        self._before = 0
-        self._after: Any = None
+        self._dense_parameters = 0
+        self._counts: ParameterCounts | None = None
+        self._outcome: tuple[str, dict[str, Any]] = ("", {})
 
     def _own_keys(self) -> set[str]:
         return set(self.technique.config.json_schema()["properties"])
@@ -91,15 +94,16 @@ class TechniqueBuilder(PTCompressionAlgorithmBuilder):
         interface = model.nncf
         context = context_of(self.config, model)
         dense = unwrap(model)
-        self._before = parameter_count(dense)
         if self.should_init:
+            check_registered(self.config)
             module = self.technique.apply(dense, self.section, context)
         else:
             module = self._restore(dense, context)
         self._state = self._state_of(dense, module)
-        self._after = parameter_count(module)
+        self._dense_parameters = parameter_count(dense)
+        self._outcome = outcome(dense, module)
         if isinstance(module, SigmaBNet):
-            self._after = module.parameter_counts()
+            self._counts = module.parameter_counts()
             adopt(module, dense)
         module.train(dense.training)
         return rewrap(module, interface)
@@ -130,10 +134,13 @@ class TechniqueBuilder(PTCompressionAlgorithmBuilder):
     def _load_state_without_name(self, state_without_name: dict[str, Any]) -> None:
         self._state = state_without_name
 
-    def _build_controller(self, model: NNCFNetwork) -> TechniqueController:
+    def _build_controller(self, model: NNCFNetwork) -> TechniqueController | TreeController:
         if isinstance(self.section, SigmaBConfig):
-            return TreeController(model, self.section, self._before, self._after)
-        return TechniqueController(model, self.section, self._before, self._after)
+            assert self._counts is not None
+            return TreeController(
+                model, self.section, dense_parameters=self._dense_parameters, counts=self._counts
+            )
+        return TechniqueController(model, self.section, *self._outcome)
 
     def get_transformation_layout(self, model: NNCFNetwork) -> PTTransformationLayout:
         raise NotImplementedError(
@@ -180,6 +187,8 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
         weights = weights_of(model) if self._split > 1 else None
         original = model
         try:
+            if self.should_init:
+                check_registered(self._config)
             for child in self.child_builders[: self._split]:
                 model = (
                     child.apply_to(model)
@@ -323,6 +332,15 @@ def _checking(original: Any) -> Any:
         return original(model, config, *args, **kwargs)
 
     return create_nncf_network
+
+
+def check_registered(config: NNCFConfig) -> None:
+    """Raise where a section needs what is not registered with ``config``; before any section has run.
+
+    Raises:
+        CalibrationError: a loader or an evaluation function is missing.
+    """
+    check_needs(sections(config), registered(config), how=REGISTERED)
 
 
 def check_against_model(model: nn.Module, config: Mapping[str, Any]) -> None:

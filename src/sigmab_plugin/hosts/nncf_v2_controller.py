@@ -102,44 +102,54 @@ class SettledController(PTCompressionAlgorithmController):
         raise NotImplementedError
 
 
-class TechniqueController(SettledController):
-    """Controller of a technique without a loss of its own.
-
-    ``before`` and ``after`` are parameters of the network, counted when the technique was applied.
-    """
-
-    def __init__(self, target_model: NNCFNetwork, config: TechniqueConfig, before: int, after: Any) -> None:
-        super().__init__(target_model)
-        self.config = config
-        self.before = before
-        self.after = after
-
+class _ExportingController(SettledController):
     def export_model(self, *args: Any, **kwargs: Any) -> None:
         """As NNCF's; a tree's file answers as hard routing does, with every leaf in one static graph."""
         with selected_forward(self.model):
             super().export_model(*args, **kwargs)
 
+
+class TechniqueController(_ExportingController):
+    """Controller of a technique without a loss of its own.
+
+    ``line`` and ``facts`` say what the technique did, see :func:`.nncf_outcome.outcome`.
+    """
+
+    def __init__(
+        self, target_model: NNCFNetwork, config: TechniqueConfig, line: str, facts: Mapping[str, Any]
+    ) -> None:
+        super().__init__(target_model)
+        self.config = config
+        self.line, self.facts = line, facts
+
     def _table(self) -> tuple[str, Statistics]:
         name = self.config.algorithm
-        return name, ParameterStatistics(name, self.before, self.after)
+        return name, ParameterStatistics(name, self.line, self.facts)
 
 
-class TreeController(TechniqueController):
+class TreeController(_ExportingController):
     """Controller of ``sigmab``."""
 
     def __init__(
-        self, target_model: NNCFNetwork, config: SigmaBConfig, before: int, after: ParameterCounts
+        self,
+        target_model: NNCFNetwork,
+        config: SigmaBConfig,
+        *,
+        dense_parameters: int,
+        counts: ParameterCounts,
     ) -> None:
-        super().__init__(target_model, config, before, after)
+        super().__init__(target_model)
+        self.config = config
+        self.dense_parameters, self.counts = dense_parameters, counts
         self._loss = TreeLoss(target_model, config)
 
     def _table(self) -> tuple[str, Statistics]:
-        return self.config.algorithm, TreeStatistics(self.after, self.before)
+        return self.config.algorithm, TreeStatistics(self.counts, self.dense_parameters)
 
     @property
     def compression_rate(self) -> float:
         """Share of the dense network's parameters that one input does not touch."""
-        return 1.0 - float(self.after.active) / self.before
+        return 1.0 - float(self.counts.active) / self.dense_parameters
 
 
 class FinishedController(SettledController):

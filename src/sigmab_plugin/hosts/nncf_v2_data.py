@@ -53,6 +53,47 @@ def calibration_batches(config: NNCFConfig, device: torch.device | str) -> Loade
     return None
 
 
+def extra_structs(
+    calibration_data: Iterable[Any] | None,
+    *,
+    train_data: Iterable[Any] | None = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+) -> list[Any]:
+    """What :func:`context_of` finds again, as structures for ``NNCFConfig.register_extra_structs``."""
+    found: list[Any] = []
+    if calibration_data is not None:
+        loader = BatchLoader(calibration_data)
+        found += [QuantizationRangeInitArgs(loader), BNAdaptationInitArgs(loader)]
+    if train_data is not None and (loss_fn is not None or train_data is not calibration_data):
+
+        def loss(outputs: Any, targets: Any, criterion: Any) -> Any:
+            return criterion(outputs, targets)
+
+        found.append(QuantizationPrecisionInitArgs(loss, loss_fn, BatchLoader(train_data)))  # type: ignore[arg-type]
+    if validate is not None:
+        found.append(ModelEvaluationArgs(eval_fn=validate))
+    return found
+
+
+def training_batches(config: NNCFConfig, device: torch.device | str) -> LoaderBatches | None:
+    """The loader that was registered with a criterion, else the one that statistics are taken from."""
+    if config.has_extra_struct(QuantizationPrecisionInitArgs):
+        struct: Any = config.get_extra_struct(QuantizationPrecisionInitArgs)
+        return LoaderBatches(wrap_dataloader_for_init(struct.data_loader), struct.device or device)
+    return calibration_batches(config, device)
+
+
+def registered(config: NNCFConfig) -> dict[str, bool]:
+    """Which parts of a :class:`Context` :func:`context_of` will find."""
+    loader = calibration_batches(config, "cpu") is not None
+    return {
+        "calibration_data": loader,
+        "train_data": loader,
+        "validate": config.has_extra_struct(ModelEvaluationArgs),
+    }
+
+
 def context_of(config: NNCFConfig, network: NNCFNetwork) -> Context:
     """Everything registered with ``config`` that a technique can use."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -65,7 +106,7 @@ def context_of(config: NNCFConfig, network: NNCFNetwork) -> Context:
     return Context(
         example_inputs=tuple(args),
         calibration_data=batches,
-        train_data=batches,
+        train_data=training_batches(config, device),
         loss_fn=_loss_fn(config),
         validate=_validate(config),
     )
@@ -75,6 +116,8 @@ def _loss_fn(config: NNCFConfig) -> Callable[[Any, Any], Any] | None:
     if not config.has_extra_struct(QuantizationPrecisionInitArgs):
         return None
     struct: Any = config.get_extra_struct(QuantizationPrecisionInitArgs)
+    if struct.criterion is None:
+        return None
     return lambda outputs, targets: struct.criterion_fn(outputs, targets, struct.criterion)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nncf.api.statistics import Statistics
@@ -12,7 +12,7 @@ from nncf.common.statistics import NNCFStatistics
 from nncf.common.utils.helpers import create_table
 
 from ..tree.net import ParameterCounts
-from .nncf_schema import parameter_line, tree_line
+from .nncf_schema import tree_line
 
 
 class TechniqueStatistics(NNCFStatistics):
@@ -80,14 +80,19 @@ class TreeStatistics(Statistics):
 
 
 class ParameterStatistics(Statistics):
-    """Parameters before and after a technique, as a table."""
+    """What a technique did, as a table. ``line`` and ``facts`` are :func:`.nncf_outcome.outcome`'s."""
 
-    def __init__(self, name: str, before: int, after: int) -> None:
-        self.name, self.before, self.after = name, before, after
+    def __init__(self, name: str, line: str, facts: Mapping[str, Any]) -> None:
+        self.name, self.line, self.facts = name, line, dict(facts)
 
     def to_str(self) -> str:
-        rows = [["before", self.before], ["after", self.after]]
-        return f"Statistics of {self.name}:\n" + create_table(header=["Network", "Parameters"], rows=rows)
+        facts = self.facts
+        rows = [
+            ["before", facts["before"], facts["bytes_before"]],
+            ["after", facts["after"], facts["bytes"]],
+        ]
+        header = ["Network", "Parameters", "Bytes as stored"]
+        return f"Statistics of {self.name}:\n" + create_table(header=header, rows=rows)
 
 
 def summary(statistics: Statistics) -> tuple[str, dict[str, Any]]:
@@ -102,8 +107,7 @@ def summary(statistics: Statistics) -> tuple[str, dict[str, Any]]:
             statistics.dense, statistics.stored, statistics.active, len(statistics.per_path)
         ), facts
     if isinstance(statistics, ParameterStatistics):
-        facts = {"before": statistics.before, "after": statistics.after}
-        return parameter_line(statistics.before, statistics.after), facts
+        return statistics.line, statistics.facts
     if isinstance(statistics, FinishedStatistics):
         return statistics.line, {}
     if isinstance(statistics, QuantizationStatistics):

@@ -29,6 +29,8 @@ from torch import nn
 
 from ..errors import CalibrationError, ConfigError
 from ..techniques.base import Context
+from ..tree.net import SigmaBNet
+from .nncf_needs import ARGUMENTS, check_needs
 from .nncf_schema import as_list, check, hide_untraced, read
 from .nncf_v3_parts import CalibrationInputs, as_inputs
 from .nncf_v3_sections import Run, check_model, runner_of
@@ -98,12 +100,15 @@ def compress(
 
     Raises:
         SectionError, ConfigError: the file cannot be carried out; nothing has run yet.
-        CalibrationError: calibration data is needed and missing.
+        CalibrationError: data that a section needs, or ``validate``, is missing; nothing has run yet.
     """
     loaded = read(config)
     entries = check(loaded)
     runners = [runner_of(entry) for entry in entries]
     check_model(model, loaded, entries)
+    given = {"validate": validate, "train_data": train_data, "calibration_data": calibration_dataset}
+    present = {name: value is not None for name, value in given.items()}
+    check_needs(entries, present, how=ARGUMENTS, tree=isinstance(model, SigmaBNet))
     needs_data = [str(e) for e in entries if e.algorithm in ("sigmab", "quantization")]
     if calibration_dataset is None and needs_data:
         raise CalibrationError(

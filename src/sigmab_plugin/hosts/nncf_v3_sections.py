@@ -12,7 +12,8 @@ from ..errors import ModelError
 from ..techniques.base import Context
 from ..techniques.compose import QUANTIZING
 from ..tree.net import SigmaBNet
-from .nncf_schema import Section, SectionError, check_levels, parameter_line, tree_line
+from .nncf_outcome import outcome
+from .nncf_schema import Section, SectionError, check_levels
 from .nncf_v3_arguments import (
     ignored_scope,
     part_ratios,
@@ -122,14 +123,8 @@ def check_model(model: nn.Module, config: Mapping[str, Any], entries: tuple[Sect
 def _technique(network: nn.Module, entry: Section, run: Run) -> tuple[nn.Module, str, dict[str, Any]]:
     assert entry.technique is not None
     dense = baked(network, run.example)
-    before = sum(p.numel() for p in dense.parameters())
     result = entry.technique.apply(dense, entry.config, run.context)
-    if isinstance(result, SigmaBNet):
-        counts = result.parameter_counts()
-        facts: dict[str, Any] = {"dense": before, "stored": counts.total, "active": counts.active}
-        return result, tree_line(before, counts.total, counts.active, len(result.leaves)), facts
-    after = sum(p.numel() for p in result.parameters())
-    return result, parameter_line(before, after), {"before": before, "after": after}
+    return result, *outcome(dense, result)
 
 
 def _quantize(network: nn.Module, entry: Section, run: Run) -> tuple[nn.Module, str, dict[str, Any]]:
