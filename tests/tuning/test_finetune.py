@@ -251,6 +251,33 @@ def test_routers_learn_at_their_own_rate(optimizer: str) -> None:
     assert 0.0 < moved[0.1] < moved[1.0]
 
 
+def test_branches_learn_at_the_rate_of_their_level() -> None:
+    """One step of SGD from the same gradients: levels one and two move 2 and 4 times as far."""
+    images, targets = samples(16)
+    moved = []
+    for factor in (1.0, 2.0):
+        net = tree()
+        before = state(net)
+        recipe = QUICK.replace(
+            branch_lr_factor=factor, warmup_epochs=0.0, weight_decay=0.0, momentum=0.0, nesterov=False
+        )
+        finetune(
+            net, [(images, targets)], epochs=1, recipe=recipe.replace(schedule="constant"), progress=False
+        )
+        moved.append({name: value - before[name] for name, value in state(net).items()})
+    expected = {
+        "backbone": 1.0,
+        "routers": 1.0,
+        "specializers.0": 2.0,
+        "specializers.1_0": 4.0,
+        "heads.0_1": 4.0,
+    }
+    for name, once in moved[0].items():
+        part = next((p for p in expected if name.startswith(p + ".")), None)
+        if part is not None and name.rsplit(".", 1)[1] in ("weight", "bias"):
+            torch.testing.assert_close(moved[1][name], expected[part] * once, rtol=1e-3, atol=1e-7, msg=name)
+
+
 def test_balance_weight_brings_back_starved_leaves() -> None:
     balances = {}
     for weight in (0.0, 5.0):

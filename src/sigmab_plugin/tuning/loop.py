@@ -352,16 +352,26 @@ def _warn_unless_sharded(loader: Any) -> None:
         )
 
 
+def _lr_factors(net: nn.Module, recipe: TrainRecipe) -> dict[int, float]:
+    """Id of a tree's parameter -> its share of the learning rate, where it is not 1."""
+    if not leaf_names(net):
+        return {}
+    factors = {id(p): recipe.router_lr_factor for p in net.routers.parameters()}  # type: ignore[union-attr, operator]
+    for part in (net.specializers, net.heads):
+        for key, module in part.items():  # type: ignore[union-attr, operator]
+            factor = recipe.branch_lr_factor ** len(key.split("_"))
+            factors.update((id(p), factor) for p in module.parameters())
+    return factors
+
+
 def _optimizer(net: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
-    """Parameters in the network's order; those of a tree's routers last where they learn at a rate of their own."""
-    apart = getattr(net, "routers", None) if recipe.router_lr_factor != 1.0 else None
-    routers = {id(p) for p in apart.parameters()} if isinstance(apart, nn.Module) else set()
-    trained = [p for p in net.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if id(p) not in routers], "lr_factor": 1.0},
-        {"params": [p for p in trained if id(p) in routers], "lr_factor": recipe.router_lr_factor},
-    ]
-    groups = [group for group in groups if group["params"]]
+    """Parameters in the network's order, those of one learning rate together."""
+    factors = _lr_factors(net, recipe)
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            by_factor.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
+    groups = [{"params": own, "lr_factor": factor} for factor, own in by_factor.items()]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
             groups,

@@ -51,6 +51,12 @@ class TrainRecipe(TechniqueConfig):
         "routers learn at lr times this; 0: they stay as restructuring made them (trees only)",
         minimum=0.0,
     )
+    branch_lr_factor: float = option(
+        1.0,
+        "a branch at level n learns at lr times this to the power n (trees only); with sgd 2 makes up for "
+        "gradients that are weighted with the branch's share of the samples",
+        exclusiveMinimum=0.0,
+    )
     balance_weight: float = option(
         0.0, "weight of the term that draws the leaves towards equal shares (trees only)", minimum=0.0
     )
