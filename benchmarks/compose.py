@@ -117,7 +117,9 @@ def run(arguments: argparse.Namespace, seed: int) -> tuple[dict[str, Any], dict[
     )
     if code:
         raise SystemExit(code)
-    finished = [json.loads(path.read_text()) for path in (out / "rows").iterdir()]
+    # Rows of earlier settings may lie there, too: the latest of a name counts.
+    files = sorted((out / "rows").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    finished = [json.loads(path.read_text()) for path in files]
     extra = {row["row"]["name"]: row for row in finished}
     report = json.loads((out / "report.json").read_text())
     rows = [

@@ -36,6 +36,69 @@ def test_onnx_runtime_agrees_with_torch(onnx_bundle: Path, images: Tensor, expec
     np.testing.assert_array_equal(leaves, expected[1].numpy())
 
 
+def left_in_graphs(directory: Path) -> set[str]:
+    """Initializers of one or more dimensions in the programs, other than integers (shapes, axes)."""
+    return {
+        f"{node.path}: {tensor.name}"
+        for node in read_manifest(directory).nodes
+        for tensor in onnx.load(
+            str(directory / node.program.file), load_external_data=False
+        ).graph.initializer
+        if tensor.dims and tensor.data_type != onnx.TensorProto.INT64
+    }
+
+
+@pytest.mark.slow
+def test_a_nodes_region_holds_all_its_weights(onnx_bundle: Path, net: Any) -> None:
+    """The router's few numbers too: whoever reads the region has the node."""
+    assert left_in_graphs(onnx_bundle) == set()
+    node = read_manifest(onnx_bundle).node("0")
+    data = (onnx_bundle / node.weights.file).read_bytes()
+    stored = {
+        t.name: np.frombuffer(data[t.offset : t.offset + t.nbytes], t.dtype).reshape(t.shape)
+        for t in node.weights.tensors
+    }
+    for name, value in net.routers["0"].state_dict().items():
+        np.testing.assert_array_equal(stored[f"router.{name}"], value.numpy())
+
+
+def test_scales_of_resizing_and_shapes_are_part_of_the_program() -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    from sigmab_plugin.deploy.onnx_graph import take_weights
+
+    then, other = (
+        helper.make_graph(
+            [helper.make_node("Mul", ["y", name], [f"{name}_out"])],
+            name,
+            [],
+            [helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, None)],
+        )
+        for name in ("w1", "w2")
+    )
+    nodes = [
+        helper.make_node("Resize", ["x", "", "scales"], ["y"]),
+        helper.make_node("If", ["c"], ["z"], then_branch=then, else_branch=other),
+        helper.make_node("Reshape", ["z", "shape"], ["out"]),
+    ]
+    constants = {
+        "w2": np.ones(1, np.float32),
+        "w1": np.ones(2, np.float32),
+        "scales": np.ones(4, np.float32),
+        "shape": np.array([-1]),
+        "c": np.array(True),
+        "table": np.arange(100),
+    }
+    nodes.append(helper.make_node("Gather", ["table", "shape"], ["index"]))
+    graph = helper.make_graph(
+        nodes, "g", [], [], [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    )
+    model = helper.make_model(graph)
+    assert [name for name, *_ in take_weights(model)] == ["w2", "w1", "table"]  # equal places: as they came
+    assert [value.name for value in model.graph.input] == ["w2", "w1", "table"]
+    assert {t.name for t in model.graph.initializer} == {"scales", "shape", "c"}
+
+
 @pytest.mark.slow
 def test_each_node_is_also_an_ordinary_onnx_file(onnx_bundle: Path, net: Any, images: Tensor) -> None:
     """``.onnx`` with external data in the same region, for tools that know nothing of bundles."""
@@ -109,6 +172,7 @@ def test_precisions(precision: str, layout: str, error: float, stored: float, tm
     with Runner(tmp_path / "b", threads=1) as runner:
         logits = runner(x)
     assert np.abs(logits - wanted).max() / np.abs(wanted).max() < error
+    assert left_in_graphs(tmp_path / "b") == set()
     if layout == "portable":
         weights = 20 * 27 + 800
         assert manifest.nodes[0].weights.used <= stored * weights + 300
@@ -169,6 +233,7 @@ def test_static_int8_is_calibrated_leaf_by_leaf(
     graph = onnx.load(str(tmp_path / "b" / manifest.node("0/0").program.file), load_external_data=False).graph
     assert sum(node.op_type == "QLinearConv" for node in graph.node) == 2
     assert {t.dtype for t in manifest.node("0/0").weights.tensors} <= {"int8", "int32", "float32"}
+    assert left_in_graphs(tmp_path / "b") == set()
     logits, leaves = logits_of(tmp_path / "b", images)
     same = leaves == expected[1].numpy()
     assert same.mean() > 0.8

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: Tensors up to this size stay in the graph: shapes, axes and scalars are part of the program.
+#: Integers up to this size stay in the graph: shapes, axes and indices are part of the program. Float32 weights
+#: up to it are not worth storing in fewer bits.
 INLINE_BYTES = 256
+#: Inputs that are part of the program though they are floats: how much to resize.
+_PROGRAM_INPUTS = {("Resize", 1), ("Resize", 2), ("Upsample", 1)}
 OPSET = 18
 
 
@@ -175,24 +178,53 @@ def vector_width() -> int:
 
 
 def take_weights(model: onnx.ModelProto) -> list[RawTensor]:
-    """The model's large initializers in order of use, removed from ``model``.
+    """The model's weights in order of use, removed from ``model``.
 
-    The graph keeps a graph input of the same name for each: a runtime binds the bytes there without
-    copying, and a session does not have to be built again when a node comes back.
+    Weights are all initializers of one or more dimensions but small integers (:data:`INLINE_BYTES`) and
+    scales of resizing. The graph keeps a graph input of the same name for each: a runtime binds the bytes
+    there without copying, and a session does not have to be built again when a node comes back.
     """
     from onnx import helper, numpy_helper
 
-    order = {name: i for i, node in enumerate(reversed(model.graph.node)) for name in node.input}
-    large = [t for t in model.graph.initializer if _size(t) > INLINE_BYTES and t.name in order]
-    small = [t for t in model.graph.initializer if _size(t) <= INLINE_BYTES and t.name in order]
-    large.sort(key=lambda t: -order[t.name])
-    tensors = [raw(t.name, numpy_helper.to_array(t)) for t in large]
-    inputs = [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large]
-    kept = [_inline(t) for t in small]
+    order, program = _uses(model.graph)
+    used = [t for t in model.graph.initializer if t.name in order]
+    weights = [t for t in used if _is_weight(t) and t.name not in program]
+    weights.sort(key=lambda t: order[t.name])
+    taken = {t.name for t in weights}
+    tensors = [raw(t.name, numpy_helper.to_array(t)) for t in weights]
+    inputs = [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in weights]
+    kept = [_inline(t) for t in used if t.name not in taken]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     model.graph.input.extend(inputs)
     return tensors
+
+
+def _is_weight(tensor: onnx.TensorProto) -> bool:
+    from onnx import TensorProto
+
+    integers = (TensorProto.INT64, TensorProto.BOOL)
+    size = _size(tensor)
+    return len(tensor.dims) > 0 and size > (INLINE_BYTES if tensor.data_type in integers else 0)
+
+
+def _uses(graph: onnx.GraphProto) -> tuple[dict[str, int], set[str]]:
+    """Each value's first use, nested graphs included, and the values that are part of the program."""
+    order: dict[str, int] = {}
+    program: set[str] = set()
+
+    def visit(node: onnx.NodeProto, position: int) -> None:
+        for index, name in enumerate(node.input):
+            order.setdefault(name, position)
+            if (node.op_type, index) in _PROGRAM_INPUTS:
+                program.add(name)
+        for attribute in node.attribute:
+            for inner in attribute.g.node:
+                visit(inner, position)
+
+    for position, node in enumerate(graph.node):
+        visit(node, position)
+    return order, program
 
 
 def with_external_data(model: onnx.ModelProto, region: Region) -> onnx.ModelProto:
