@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 from sigmab_plugin.deploy import Runner, read_manifest
 from sigmab_plugin.deploy.manifest import PAGE, FileEntry, Node, Region
 from sigmab_plugin.deploy.storage import DEMAND, PREFETCH, Checksum, Job, Reader
-from sigmab_plugin.deploy.tracing import Trace
+from sigmab_plugin.deploy.tracing import Latencies, Trace
 from sigmab_plugin.errors import ConfigError, FormatError
 
 
@@ -123,6 +125,59 @@ def test_a_node_damaged_after_its_first_load_is_found(own_bundle: Path, images: 
         assert runner.statistics().resident_bytes == 0
         file.write_bytes(whole)
         np.testing.assert_array_equal(runner(images[:1]), answer)
+
+
+def _a_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def _a_loop(file: Path) -> None:
+    file.unlink()
+    file.symlink_to(file.name)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="needs direct reads")
+@pytest.mark.parametrize("damage", [Path.unlink, _a_directory, _a_loop])
+def test_one_bad_file_does_not_end_direct_reads(
+    own_bundle: Path, images: Tensor, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = own_bundle / read_manifest(own_bundle).node("").weights.file
+    damage(file)
+    with Runner(own_bundle) as runner:
+        with pytest.raises(FormatError, match="node 'root'"):
+            runner(images[:1])
+        assert runner._residency.reader.mode == "auto"
+    assert "page cache" not in caplog.text
+
+
+def test_a_file_system_that_refuses_direct_reads(
+    bundle: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused when a file is opened, as by tmpfs of older kernels: read through the cache, told once."""
+    flag = getattr(os, "O_DIRECT", 0)
+    if not flag:
+        pytest.skip("needs direct reads")
+    plain = os.open
+
+    def refusing(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & flag:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return plain(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with Runner(bundle) as runner:
+        assert runner(images[:1]).shape == (1, 10)
+        assert runner._residency.reader.mode == "dropped"
+    assert caplog.text.count("cannot be read past the page cache") == 1
+
+
+def test_latencies_keep_the_last_ones() -> None:
+    kept = Latencies(3)
+    assert kept.values() == []
+    for seconds in (1.0, 2.0, 3.0, 4.0):
+        kept.add(seconds)
+    assert sorted(kept.values()) == [2.0, 3.0, 4.0]
 
 
 def test_verify_is_checked(bundle: Path) -> None:

@@ -9,7 +9,7 @@ import logging
 import mmap
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,13 +27,12 @@ from .frontier import Array, Frontier
 from .manifest import Node, read_manifest
 from .residency import Residency
 from .storage import VERIFY
-from .tracing import Statistics, Trace, quantile
+from .tracing import Latencies, Statistics, Trace, quantile
 
 _log = logging.getLogger(__name__)
 
 PREFETCH = ("none", "both", "likely")
 IO = ("auto", "direct", "cached")
-_LATENCIES = 100_000
 
 
 @dataclass(frozen=True)
@@ -331,7 +330,7 @@ class Runner:
         with self._lock:
             self._inferences += 1
             self._samples += len(leaves)
-            self._latencies.append(seconds)
+            self._latencies.add(seconds)
             previous = self._last_leaf
             sequence = leaves.tolist() if previous is None else [previous, *leaves.tolist()]
             self._switches += sum(a != b for a, b in itertools.pairwise(sequence))
@@ -342,7 +341,7 @@ class Runner:
         """Counters since the runner was opened or :meth:`reset_statistics`."""
         r, base = self._residency, self._baseline
         with self._lock:
-            latencies = list(self._latencies)
+            latencies = self._latencies.values()
             totals = self._totals()
             return Statistics(
                 inferences=self._inferences,
@@ -376,7 +375,7 @@ class Runner:
         """Start counting anew; the branch frequencies that guide prefetching are kept."""
         with self._lock:
             self._inferences = self._samples = self._switches = 0
-            self._latencies: deque[float] = deque(maxlen=_LATENCIES)
+            self._latencies = Latencies()
             self._last_leaf = None
             self._leaf_counts: Counter[str] = Counter()
             self._baseline = self._totals()

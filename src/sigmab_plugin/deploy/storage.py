@@ -6,11 +6,13 @@ chunk, so a demanded region overtakes a prefetched one, and a cancelled one stop
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import logging
 import mmap
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -273,9 +275,11 @@ class Reader:
             try:
                 return os.open(file, os.O_RDONLY | os.O_DIRECT)
             except OSError as error:
-                if error.errno in _MISSING or self.mode == "direct":
+                if self.mode == "direct" or error.errno not in _REFUSED:
                     raise
+                ordinary = _open_cached(file)  # raises if the fault is the file's, not the file system's
                 self._fall_back(error)
+                return ordinary
         return os.open(file, os.O_RDONLY)
 
     def _read(self, job: Job, view: memoryview, position: int) -> int:
@@ -285,10 +289,11 @@ class Reader:
             # Some file systems accept the flag when the file is opened and refuse the read.
             if self.mode != "auto" or error.errno not in _REFUSED:
                 raise
-            self._fall_back(error)
+            ordinary = _open_cached(self._directory / job.node.weights.file)
             os.close(job._file)
-            job._file = os.open(self._directory / job.node.weights.file, os.O_RDONLY)
-            got = _read_at(job._file, view, position)
+            job._file = ordinary
+            got = _read_at(job._file, view, position)  # what is wrong with the file fails here too
+            self._fall_back(error)
         if self.mode == "dropped":
             os.posix_fadvise(job._file, position, got, os.POSIX_FADV_DONTNEED)
         return got
@@ -302,15 +307,8 @@ class Reader:
         )
 
 
-_MISSING = (
-    2,
-    13,
-    20,
-    21,
-    24,
-    40,
-)  # no such file, no permission, not a directory, is one, too many files, link loop
-_REFUSED = (22, 95)  # invalid argument, not supported
+#: A file system without direct reads says so by these.
+_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def fresh_memory(nbytes: int) -> mmap.mmap:
@@ -325,6 +323,15 @@ def fresh_memory(nbytes: int) -> mmap.mmap:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
+
+
+def _open_cached(file: Path) -> int:
+    """``file`` through the page cache. Raises OSError also for a directory, which opens but cannot be read."""
+    opened = os.open(file, os.O_RDONLY)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(errno.EISDIR, "not a regular file")
+    return opened
 
 
 def _read_at(file: int, view: memoryview, position: int) -> int:

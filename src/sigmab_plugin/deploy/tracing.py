@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,12 +78,28 @@ class Trace:
         Path(file).write_text(json.dumps({"traceEvents": rows}), encoding="utf-8")
 
 
+class Latencies:
+    """The last ``limit`` latencies in seconds. All memory is taken at once: a long run does not grow."""
+
+    def __init__(self, limit: int = 10_000) -> None:
+        self._seconds = array("d", bytes(8 * limit))
+        self._count = 0
+
+    def add(self, seconds: float) -> None:
+        self._seconds[self._count % len(self._seconds)] = seconds
+        self._count += 1
+
+    def values(self) -> list[float]:
+        return self._seconds[: self._count].tolist()
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Totals since the runner was opened (or :meth:`Runner.reset_statistics`); bytes and seconds.
 
     ``switches`` counts inferences whose leaf is not the one before; ``hits`` are node uses that found
-    the weights in memory or on their way, ``misses`` those that had to ask for a read.
+    the weights in memory or on their way, ``misses`` those that had to ask for a read. Latencies are those
+    of the last 10,000 inferences.
     """
 
     inferences: int = 0
