@@ -18,11 +18,12 @@ from sigmab_plugin import SigmaBNet
 from sigmab_plugin.cli import main
 from sigmab_plugin.errors import CalibrationError, SigmaBError
 from sigmab_plugin.hosts.nncf_file import Compressed, compress_from_file
-from sigmab_plugin.techniques.depth_pruning import load_depth_pruned
+from sigmab_plugin.techniques.depth_pruning import depth_prune, load_depth_pruned
 from sigmab_plugin.techniques.legonet import load_packed, read_packed
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "sigmab": {"algorithm": "sigmab", "levels": ["layer3", "layer4"], "head": "fc", "projection_dim": 8},
+    "shallow": {"algorithm": "sigmab", "levels": ["layer2"], "head": "auxiliary_head", "projection_dim": 8},
     "legonet": {"algorithm": "legonet", "codebook_size": 16, "reestimate_batchnorm": True},
     "depth_pruning": {
         "algorithm": "depth_pruning", "cut": "layer2", "epochs": [1], "learning_rates": [0.01], "head_widths": [8],
@@ -46,6 +47,7 @@ LISTS = (
     ("sigmab", "mix_and_match"),
     ("sigmab", "leaves"),
     ("depth_pruning", "legonet"),
+    ("depth_pruning", "shallow"),
 )
 each_list = pytest.mark.parametrize("names", LISTS, ids="-".join)
 DIGITS = ("cifar_resnet18", {"num_classes": 10, "width": 0.0625, "in_channels": 1})
@@ -82,7 +84,7 @@ def check_result(names: tuple[str, ...], network: nn.Module, images: torch.Tenso
         output = network(images)
     assert output.shape == (len(images), 4)
     assert bool(output.isfinite().all())
-    assert isinstance(network, SigmaBNet) == ("sigmab" in names)
+    assert isinstance(network, SigmaBNet) == ("sigmab" in names or "shallow" in names)
     if "depth_pruning" in names or "sweep" in names:
         assert not any(name.startswith(("layer3", "layer4")) for name, _ in network.named_parameters())
     if names[-1] == "legonet":
@@ -138,6 +140,10 @@ def read_again(names: tuple[str, ...], folder: Path, dense: nn.Module, images: t
     """By the function that the documentation names for this network."""
     if "sigmab" in names:
         return sigmab_plugin.load(folder, dense)
+    if "shallow" in names:
+        shallow = SECTIONS["depth_pruning"]
+        cut = depth_prune(dense, images[:1], cut=shallow["cut"], head_widths=shallow["head_widths"])
+        return sigmab_plugin.load(folder, cut)
     if "depth_pruning" in names or "sweep" in names:
         return load_depth_pruned(folder / "model.safetensors", dense, images[:1])
     network = copy.deepcopy(dense)
@@ -157,7 +163,7 @@ def test_saved_and_read_again(
     for name in ("nncf.json", "compression_state.json", "legonet.safetensors", "mix_and_match.json"):
         (tmp_path / name).write_text("left by another network")
     expected = {"model.safetensors"}
-    expected |= {"plan.json"} if "sigmab" in names else set()
+    expected |= {"plan.json"} if "sigmab" in names or "shallow" in names else set()
     expected |= {"legonet.safetensors"} if names[-1] == "legonet" else set()
     expected |= {"mix_and_match.json"} if names[-1] == "mix_and_match" else set()
     assert saved(result, tmp_path) == expected

@@ -222,12 +222,18 @@ def as_list(value: Any) -> list[Any]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
-def check_levels(section: Section, model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Check that the levels and the head of a ``sigmab`` section can be restructured in ``model``.
+def check_levels(entries: Sequence[Section], model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Check that the levels and the head of the ``sigmab`` section, if there is one, can be restructured in ``model``.
+
+    After ``depth_pruning`` they are names of a network that does not exist yet; restructuring checks them.
 
     Raises:
         ConfigError: a name is no module of the model, or the file's own ``ignored_scopes`` leave a level out.
     """
+    algorithms = [entry.algorithm for entry in entries]
+    if "sigmab" not in algorithms or "depth_pruning" in algorithms[: algorithms.index("sigmab")]:
+        return
+    section = entries[algorithms.index("sigmab")]
     values: Any = section.config
     names = (*values.levels, values.head)
     missing = _unknown_modules(model, names)

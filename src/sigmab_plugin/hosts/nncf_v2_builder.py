@@ -349,7 +349,10 @@ def check_against_model(model: nn.Module, config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: a level is no module of the model, or the scopes leave out a level.
     """
-    for section in sections(config):
-        if isinstance(section.technique, Technique) and section.algorithm == SigmaBConfig.algorithm:
-            check(config)
-            check_levels(section, model, config)
+    entries = sections(config)
+    if any(
+        isinstance(entry.technique, Technique) and entry.algorithm == SigmaBConfig.algorithm
+        for entry in entries
+    ):
+        check(config)
+        check_levels(entries, model, config)

@@ -102,10 +102,9 @@ _KEYS = {
 
 def check_model(model: nn.Module, config: Mapping[str, Any], entries: tuple[Section, ...]) -> None:
     for entry in entries:
-        if entry.algorithm == "sigmab":
-            if isinstance(model, SigmaBNet):
-                raise ModelError(f"{entry}: the model is a SigmaB net already; give the dense network")
-            check_levels(entry, model, config)
+        if entry.algorithm == "sigmab" and isinstance(model, SigmaBNet):
+            raise ModelError(f"{entry}: the model is a SigmaB net already; give the dense network")
+    check_levels(entries, model, config)
     for entry in entries:
         if entry.algorithm != "filter_pruning":
             continue
