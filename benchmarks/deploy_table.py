@@ -24,9 +24,11 @@ def deploy_table(results: Path) -> str:
     record: dict[str, Any] = json.loads((results / "deploy.json").read_text())
     rows = {(r["case"], r["backend"], r["mode"], r["variant"]): r for r in record["rows"] if "median_s" in r}
     pairs = list(dict.fromkeys((case, backend) for case, backend, _, _ in rows))
+    measured = {(mode, variant) for _, _, mode, variant in rows}
+    columns = {title: place for title, place in COLUMNS.items() if place in measured}
     lines = [
-        f"| network | runtime | dense, warm | {' | '.join(COLUMNS)} | bytes read / active bytes |",
-        "|---" * (len(COLUMNS) + 4) + "|",
+        f"| network | runtime | dense, warm | {' | '.join(columns)} | bytes read / active bytes |",
+        "|---" * (len(columns) + 4) + "|",
     ]
     read = {
         g["case"]: g["measured"]
@@ -36,7 +38,7 @@ def deploy_table(results: Path) -> str:
     for case, backend in pairs:
         dense = rows.get((case, backend, "warm", "dense"))
         cells = [case, backend, f"{1e3 * dense['median_s']:.1f} ms" if dense else ""]
-        for mode, variant in COLUMNS.values():
+        for mode, variant in columns.values():
             row = rows.get((case, backend, mode, variant))
             cells.append(f"{row['ratio']:.2f} ({row['ratio_of_minima']:.2f})" if row else "")
         share = read.get(f"{case}, {backend}")
