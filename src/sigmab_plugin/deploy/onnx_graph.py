@@ -9,7 +9,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,10 +80,13 @@ def export_failure(source: NodeSource, what: str, error: Exception, *, traced: b
     )
 
 
+#: The exporter tells of its own migration and of each of its passes, not of the model.
+_EXPORTER_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.onnx._internal.exporter._registration")
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's warnings concern torch's own migration, not the model."""
-    names = ("torch.onnx", "onnxscript", "torch.onnx._internal.exporter._registration")
+def quiet(names: Sequence[str] = _EXPORTER_LOGGERS) -> Iterator[None]:
+    """Only errors of the loggers ``names`` ("" is the root's own messages), and no Python warnings."""
     loggers = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
     try:
         for logger, _ in loggers:
@@ -107,7 +110,7 @@ def export_node(source: NodeSource, *, modality: str, opset: int = OPSET) -> onn
     import torch
 
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 source.module,
                 source.example,

@@ -15,7 +15,7 @@ from ..counting import as_arguments
 from ..errors import CalibrationError, ModelError
 from .frontier import take
 from .nodes import NodeSource
-from .onnx_graph import INLINE_BYTES, require
+from .onnx_graph import INLINE_BYTES, quiet, require
 
 if TYPE_CHECKING:
     import onnx
@@ -92,15 +92,16 @@ def quantize_static(
         plain, quantized = Path(work) / "plain.onnx", Path(work) / "int8.onnx"
         onnx.save(model, str(plain))
         try:
-            quantization.quantize_static(
-                str(plain),
-                str(quantized),
-                _Reader(source.inputs, batches),
-                quant_format=quantization.QuantFormat.QDQ,
-                per_channel=True,
-                op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Relu", "MaxPool", "ReduceMean"],
-                nodes_to_exclude=[node.name for node in _router_nodes(model)],
-            )
+            with quiet([""]):  # hints about preprocessing, to the root logger, for each node twice
+                quantization.quantize_static(
+                    str(plain),
+                    str(quantized),
+                    _Reader(source.inputs, batches),
+                    quant_format=quantization.QuantFormat.QDQ,
+                    per_channel=True,
+                    op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Relu", "MaxPool", "ReduceMean"],
+                    nodes_to_exclude=[node.name for node in _router_nodes(model)],
+                )
         except Exception as error:  # the quantizer raises many kinds; all of them mean the same to the caller
             raise ModelError(f"{source} cannot be quantized: {error}") from error
         return onnx.load(str(quantized))
