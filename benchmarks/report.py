@@ -50,6 +50,7 @@ TITLES = {
     "twin-ours": "static twin + teacher, frozen backbone, inner channels by activation",
     "twin-equal-frozen-teacher": "static twin of the tree's active size + teacher, frozen backbone",
     "sigmab-branch-rate": "SigmaB, inner channels by activation, rates by level",
+    "twin-double-rate": "static twin, twice the learning rate",
     "twin-equal": "static twin widened to SigmaB's active parameters",
     "pruned-magnitude": "Torch-Pruning, group magnitude",
     "pruned-taylor": "Torch-Pruning, group Taylor",
@@ -63,6 +64,7 @@ TITLES = {
 }
 #: Variations of one part each: on the page of the benchmarks, not in the short tables.
 ABLATIONS = {
+    "twin-double-rate",
     "sigmab-sharp-teacher",
     "sigmab-hard-teacher",
     "sigmab-sharp-lambda-0-teacher",
