@@ -99,6 +99,49 @@ def test_scales_of_resizing_and_shapes_are_part_of_the_program() -> None:
     assert {t.name for t in model.graph.initializer} == {"scales", "shape", "c"}
 
 
+def test_kept_biases_let_the_runtime_fuse_integer_kernels(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    from sigmab_plugin.deploy.onnx_graph import take_weights
+
+    rng = np.random.default_rng(0)
+    constants = {
+        "scale": np.float32(0.05),
+        "zero": np.uint8(100),
+        "weight": rng.integers(-127, 127, (16, 8, 3, 3)).astype(np.int8),
+        "weight_scale": rng.uniform(1e-3, 2e-3, 16).astype(np.float32),
+        "weight_zero": np.zeros(16, np.int8),
+        "bias": rng.normal(size=16).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["weight", "weight_scale", "weight_zero"], ["wd"], axis=0),
+        helper.make_node("Conv", ["xd", "wd", "bias"], ["y"]),
+        helper.make_node("QuantizeLinear", ["y", "scale", "zero"], ["yq"]),
+        helper.make_node("DequantizeLinear", ["yq", "scale", "zero"], ["out"]),
+    ]
+    found = {}
+    for keep in (True, False):
+        graph = helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8, 9, 9])],
+            [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        taken = [name for name, *_ in take_weights(model, fusible=keep)]
+        assert taken == (["weight"] if keep else ["weight", "weight_scale", "weight_zero", "bias"])
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(tmp_path / f"{keep}.onnx")
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        found[keep] = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    assert "QLinearConv" in found[True]
+    assert "QLinearConv" not in found[False]
+
+
 @pytest.mark.slow
 def test_each_node_is_also_an_ordinary_onnx_file(onnx_bundle: Path, net: Any, images: Tensor) -> None:
     """``.onnx`` with external data in the same region, for tools that know nothing of bundles."""

@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 INLINE_BYTES = 256
 #: Inputs that are part of the program though they are floats: how much to resize.
 _PROGRAM_INPUTS = {("Resize", 1), ("Resize", 2), ("Upsample", 1)}
+_FUSION_INPUTS = {(op, index) for op in ("QuantizeLinear", "DequantizeLinear") for index in (1, 2)}
+_FUSION_INPUTS |= {("Conv", 2), ("ConvTranspose", 2), ("Gemm", 2)}
 OPSET = 18
 
 
@@ -180,16 +182,20 @@ def vector_width() -> int:
     return max(int(t.dims[0]) for t in probe.graph.initializer)
 
 
-def take_weights(model: onnx.ModelProto) -> list[RawTensor]:
+def take_weights(model: onnx.ModelProto, *, fusible: bool = False) -> list[RawTensor]:
     """The model's weights in order of use, removed from ``model``.
 
     Weights are all initializers of one or more dimensions but small integers (:data:`INLINE_BYTES`) and
     scales of resizing. The graph keeps a graph input of the same name for each: a runtime binds the bytes
     there without copying, and a session does not have to be built again when a node comes back.
+
+    ``fusible`` leaves the scales and zero points of QuantizeLinear and DequantizeLinear, and biases, in the
+    graph: ONNX Runtime makes integer kernels of such operations only where it can quantize the bias when it
+    opens the graph.
     """
     from onnx import helper, numpy_helper
 
-    order, program = _uses(model.graph)
+    order, program = _uses(model.graph, _PROGRAM_INPUTS | (_FUSION_INPUTS if fusible else set()))
     used = [t for t in model.graph.initializer if t.name in order]
     weights = [t for t in used if _is_weight(t) and t.name not in program]
     weights.sort(key=lambda t: order[t.name])
@@ -211,15 +217,15 @@ def _is_weight(tensor: onnx.TensorProto) -> bool:
     return len(tensor.dims) > 0 and size > (INLINE_BYTES if tensor.data_type in integers else 0)
 
 
-def _uses(graph: onnx.GraphProto) -> tuple[dict[str, int], set[str]]:
-    """Each value's first use, nested graphs included, and the values that are part of the program."""
+def _uses(graph: onnx.GraphProto, inputs: set[tuple[str, int]]) -> tuple[dict[str, int], set[str]]:
+    """Each value's first use, nested graphs included, and which values are one of ``inputs``."""
     order: dict[str, int] = {}
     program: set[str] = set()
 
     def visit(node: onnx.NodeProto, position: int) -> None:
         for index, name in enumerate(node.input):
             order.setdefault(name, position)
-            if (node.op_type, index) in _PROGRAM_INPUTS:
+            if (node.op_type, index) in inputs:
                 program.add(name)
         for attribute in node.attribute:
             for inner in attribute.g.node:

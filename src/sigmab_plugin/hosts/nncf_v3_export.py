@@ -109,7 +109,7 @@ class _Onnx:
             )
             model = onnx.load(file)
         fold_weights(model)
-        tensors = take_weights(model)
+        tensors = take_weights(model, fusible=True)
 
         def companions(region: Region) -> dict[str, bytes]:
             return {".onnx": with_external_data(model, region).SerializeToString()}
