@@ -35,11 +35,12 @@ def run(args: argparse.Namespace) -> None:
 
     record = read_record(args.folder, args)
     device = pick_device(args)
-    tree = is_tree(args.folder)
-    net: Any = open_net(args.folder, record, device) if tree else None
     data = open_data(args)
     example = example_of(data, device)
-    net = net if tree else open_other(args.folder, record, example, device)
+    tree = is_tree(args.folder)
+    net: Any = (
+        open_net(args.folder, record, device) if tree else open_other(args.folder, record, example, device)
+    )
     check_fit(net, example, len(data.classes), args.data)
     twin = open_twin(args.folder, record, net, example, device) if tree else None
     loader = Loader(data, batch_size=args.batch_size)

@@ -161,8 +161,7 @@ def compress_from_file(
     if train_data is None:
         train_data = calibration_data
     given = {"validate": validate, "train_data": train_data, "calibration_data": calibration_data}
-    present = {name: value is not None for name, value in given.items()}
-    check_needs(entries, present, how=ARGUMENTS, tree=hasattr(model, "forward_leaves"))
+    check_needs(entries, given, how=ARGUMENTS, tree=hasattr(model, "forward_leaves"))
     reports: list[SectionReport] = []
 
     def report(entry: SectionReport) -> None:

@@ -23,7 +23,6 @@ PLAN, WEIGHTS = "plan.json", "model.safetensors"
 FUNCTIONS_STATE, CONFIG_STATE = "nncf.json", "compression_state.json"
 #: LegoNet's indices and codebook; Mix-and-Match's table of runs.
 PACKED, RUNS = "legonet.safetensors", "mix_and_match.json"
-_DEPTH_PRUNING = "sigmab_plugin.depth_pruning"
 
 
 @dataclass(frozen=True)
@@ -107,21 +106,20 @@ def _write_functions_state(network: nn.Module, directory: Path) -> str:
     from ..tree.net import SigmaBNet
     from .nncf_v3 import get_config
 
-    tree = isinstance(network, SigmaBNet)
+    module = "sigmab_plugin.hosts.nncf_v3"
     if isinstance(network, SigmaBNet):
         save(network, directory)
+        reader = f"{module}.load(folder, dense)"
     else:
         _write_weights(network, directory)
+        reader = f"{module}.load_from_config(model, json.load({FUNCTIONS_STATE}), load_file(file))"
     try:
         text = json.dumps(get_config(network), indent=1)
     except ModelError as error:
         _log.warning("no %s in %s: %s", FUNCTIONS_STATE, directory, error)
         return "nothing: NNCF has no config for weight_compression"
     (directory / FUNCTIONS_STATE).write_text(text + "\n", encoding="utf-8")
-    module = "sigmab_plugin.hosts.nncf_v3"
-    if tree:
-        return f"{module}.load(folder, dense)"
-    return f"{module}.load_from_config(model, json.load({FUNCTIONS_STATE}), load_file(file))"
+    return reader
 
 
 def _write_weights(network: nn.Module, directory: Path) -> None:
@@ -178,6 +176,8 @@ def is_depth_pruned(directory: Path) -> bool:
     """
     from safetensors import SafetensorError, safe_open
 
+    from ..techniques.depth_pruning.network import FORMAT
+
     path = directory / WEIGHTS
     if not path.is_file():
         raise FormatError(f"no {PLAN} in {directory} and no {WEIGHTS}: no saved network")
@@ -185,7 +185,7 @@ def is_depth_pruned(directory: Path) -> bool:
         with safe_open(path, framework="pt") as file:
             if any(name.startswith("routers.") for name in file.keys()):  # noqa: SIM118 - the file is no mapping
                 raise FormatError(f"no {PLAN} in {directory}: these are weights of a tree, without its plan")
-            return (file.metadata() or {}).get("format") == _DEPTH_PRUNING
+            return (file.metadata() or {}).get("format") == FORMAT
     except SafetensorError as error:
         raise FormatError(f"{path} is truncated or altered: {error}") from error
 

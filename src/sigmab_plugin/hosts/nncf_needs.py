@@ -63,13 +63,13 @@ def chooses(entries: Sequence[Section]) -> Section | None:
 
 
 def check_needs(
-    entries: Sequence[Section], given: Mapping[str, bool], *, how: Mapping[str, str], tree: bool = False
+    entries: Sequence[Section], given: Mapping[str, Any], *, how: Mapping[str, str], tree: bool = False
 ) -> None:
-    """Raise where a section needs what is not ``given``.
+    """Raise where a section needs what ``given`` holds as None.
 
     Raises:
         CalibrationError: names the section, what it needs and how it is given.
     """
     for entry, need, purpose in needs(entries, tree=tree):
-        if not given[need]:
+        if given[need] is None:
             raise CalibrationError(f"{entry} {purpose} and needs {need}: {how[need]}")

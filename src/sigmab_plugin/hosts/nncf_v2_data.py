@@ -84,14 +84,10 @@ def training_batches(config: NNCFConfig, device: torch.device | str) -> LoaderBa
     return calibration_batches(config, device)
 
 
-def registered(config: NNCFConfig) -> dict[str, bool]:
-    """Which parts of a :class:`Context` :func:`context_of` will find."""
-    loader = calibration_batches(config, "cpu") is not None
-    return {
-        "calibration_data": loader,
-        "train_data": loader,
-        "validate": config.has_extra_struct(ModelEvaluationArgs),
-    }
+def registered(config: NNCFConfig) -> dict[str, Any]:
+    """The parts of a :class:`Context` that :func:`context_of` will find; None for those that are missing."""
+    loader = calibration_batches(config, "cpu")
+    return {"calibration_data": loader, "train_data": loader, "validate": _validate(config)}
 
 
 def context_of(config: NNCFConfig, network: NNCFNetwork) -> Context:

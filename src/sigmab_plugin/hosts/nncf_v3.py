@@ -107,8 +107,7 @@ def compress(
     runners = [runner_of(entry) for entry in entries]
     check_model(model, loaded, entries)
     given = {"validate": validate, "train_data": train_data, "calibration_data": calibration_dataset}
-    present = {name: value is not None for name, value in given.items()}
-    check_needs(entries, present, how=ARGUMENTS, tree=isinstance(model, SigmaBNet))
+    check_needs(entries, given, how=ARGUMENTS, tree=isinstance(model, SigmaBNet))
     needs_data = [str(e) for e in entries if e.algorithm in ("sigmab", "quantization")]
     if calibration_dataset is None and needs_data:
         raise CalibrationError(

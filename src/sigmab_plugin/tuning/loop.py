@@ -22,6 +22,7 @@ from .evaluation import Evaluation, balance, evaluate, module_device
 from .finite import FiniteLoss
 from .history import EpochRecord, History, best_epoch
 from .objective import Objective, leaf_names
+from .optimizer import build_optimizer
 from .progress import Progress
 from .recipe import TrainRecipe, as_recipe
 from .schedule import learning_rate, router_temperature
@@ -160,7 +161,7 @@ class _Run:
         _warn_unless_sharded(loader)
         self.leaves = leaf_names(net)
         self.records: list[EpochRecord] = []
-        self.optimizer = _optimizer(net, recipe)
+        self.optimizer = build_optimizer(net, recipe)
         self.objective = Objective(net, recipe)
         self.starved = False
         self.lr = recipe.lr
@@ -350,38 +351,6 @@ def _warn_unless_sharded(loader: Any) -> None:
             "the training loader has no DistributedSampler: each of the %d processes trains on all of the data",
             world_size(),
         )
-
-
-def _lr_factors(net: nn.Module, recipe: TrainRecipe) -> dict[int, float]:
-    """Id of a tree's parameter -> its share of the learning rate, where it is not 1."""
-    if not leaf_names(net):
-        return {}
-    factors = {id(p): recipe.router_lr_factor for p in net.routers.parameters()}  # type: ignore[union-attr, operator]
-    for part in (net.specializers, net.heads):
-        for key, module in part.items():  # type: ignore[union-attr, operator]
-            factor = recipe.branch_lr_factor ** len(key.split("_"))
-            factors.update((id(p), factor) for p in module.parameters())
-    return factors
-
-
-def _optimizer(net: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
-    """Parameters in the network's order, those of one learning rate together."""
-    factors = _lr_factors(net, recipe)
-    by_factor: dict[float, list[nn.Parameter]] = {}
-    for parameter in net.parameters():
-        if parameter.requires_grad:
-            by_factor.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
-    groups = [{"params": own, "lr_factor": factor} for factor, own in by_factor.items()]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-        )
-    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
 def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -101,10 +101,7 @@ def apply(model: nn.Module, config: DepthPruningConfig, context: Context) -> nn.
         )
         chosen = result.smallest(max_drop=config.max_drop)
         logger.info("depth_pruning: chose the cut after %r", chosen.cut or "(nothing: the whole model)")
-        chosen_net = from_sweep(directory, chosen.cut, model, context.example_inputs)
-        if isinstance(chosen_net, DepthPrunedNet):
-            chosen_net.freeze(False)
-        return chosen_net
+        return from_sweep(directory, chosen.cut, model, context.example_inputs)
 
 
 technique = Technique(DepthPruningConfig, apply)

@@ -15,6 +15,8 @@ from .cuts import TracedModel, kept_part, trace
 
 #: Name of the auxiliary head in a :class:`DepthPrunedNet`.
 HEAD = "auxiliary_head"
+#: What :func:`save_depth_pruned` calls its files.
+FORMAT = "sigmab_plugin.depth_pruning"
 
 
 class AuxiliaryHead(nn.Module):
@@ -166,7 +168,7 @@ def save_depth_pruned(net: DepthPrunedNet, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     metadata = {
-        "format": "sigmab_plugin.depth_pruning",
+        "format": FORMAT,
         "version": "1",
         "cut": net.cut,
         "head_widths": " ".join(map(str, net.head.widths)),
@@ -191,7 +193,7 @@ def load_depth_pruned(path: str | Path, model: nn.Module, example_inputs: Any) -
             state = {key: file.get_tensor(key) for key in sorted(file.keys())}
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is not a readable safetensors file: {error}") from error
-    if metadata.get("format") != "sigmab_plugin.depth_pruning" or metadata.get("version") != "1":
+    if metadata.get("format") != FORMAT or metadata.get("version") != "1":
         raise FormatError(
             f"{path} is not a depth-pruned network of format 1 (it says {metadata.get('format')!r}, "
             f"version {metadata.get('version')!r}); update sigmab-plugin, or give the right file"
