@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import time
@@ -16,9 +17,16 @@ from torch import nn
 from sigmab_plugin import SigmaBNet, finetune
 from sigmab_plugin.counting import macs, parameter_count, storage_bytes
 from sigmab_plugin.report.provenance import provenance
-from sigmab_plugin.tuning import Evaluation, History, TrainRecipe, evaluate, load_weights
+from sigmab_plugin.tuning import (
+    Evaluation,
+    History,
+    TrainRecipe,
+    evaluate,
+    load_weights,
+    reestimate_batchnorm,
+)
 
-from .arms import build_arm
+from .arms import build_arm, calibration
 from .experiments import Experiment
 from .robustness import rare_class_accuracy, robustness
 
@@ -83,15 +91,22 @@ def arm_stage(session: Session, arm: str, *, seed: int, dense_seed: int) -> bool
     built = time.perf_counter() - begin
     before = evaluate(net, session.experiment.batches(session.experiment.val), device=session.device)
     training = {**session.recipe["finetune"], **settings.get("train", {})}
+    extra = {
+        "restructure_seconds": round(built, 2),
+        "val_accuracy_before_finetuning": round(100 * before.accuracy, 3),
+    }
+    finish = functools.partial(_finish, session, arm, net, seed=seed, dense_seed=dense_seed, extra=extra)
+    if not training["epochs"]:
+        if training.get("bn_reestimation"):
+            data = calibration(session.experiment, session.recipe, seed, session.device)
+            reestimate_batchnorm(net, data)
+        finish(None)
+        return True
     teacher = dense if training.get("distillation_weight") else None
     folder = session.out / f"{arm}-seed{seed}"
     history = session.train(net, training, folder, seed=seed, teacher=teacher)
     if history.complete:
-        extra = {
-            "restructure_seconds": round(built, 2),
-            "val_accuracy_before_finetuning": round(100 * before.accuracy, 3),
-        }
-        _finish(session, arm, net, history, seed=seed, dense_seed=dense_seed, extra=extra)
+        finish(history)
     return history.complete
 
 
@@ -113,14 +128,21 @@ def _finish(
     session: Session,
     arm: str,
     net: nn.Module,
-    history: History,
+    history: History | None,
     *,
     seed: int,
     dense_seed: int,
     extra: dict[str, Any],
 ) -> None:
-    """Evaluate on the test part, once, with the last epoch's weights, and write the result."""
+    """Evaluate on the test part, once, with the last epoch's weights, and write the result.
+
+    ``history`` is None for a network that is not fine-tuned.
+    """
     experiment = session.experiment
+    if history:
+        val_accuracy = history.last.val_accuracy or 0.0
+    else:
+        val_accuracy = evaluate(net, experiment.batches(experiment.val), device=session.device).accuracy
     test = evaluate(net, experiment.batches(experiment.test), device=session.device)
     net.to("cpu").eval()
     record = {
@@ -133,11 +155,11 @@ def _finish(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "test": _accuracies(test, experiment),
         "robustness": robustness(net, experiment),
-        "val_accuracy": round(100 * (history.last.val_accuracy or 0.0), 3),
+        "val_accuracy": round(100 * val_accuracy, 3),
         "counts": counts(net, experiment.example(1)),
-        "epochs": len(history.records),
-        "train_samples": sum(r.samples for r in history.records),
-        "train_seconds": round(history.seconds, 1),
+        "epochs": len(history.records) if history else 0,
+        "train_samples": sum(r.samples for r in history.records) if history else 0,
+        "train_seconds": round(history.seconds, 1) if history else 0.0,
         **extra,
         "recipe": session.recipe,
         "threads": torch.get_num_threads(),

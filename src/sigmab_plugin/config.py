@@ -213,6 +213,14 @@ class SigmaBConfig(TechniqueConfig):
         enum=("norm", "activation"),
     )
     partition: str = option("activation", "how specific channels are chosen", enum=("activation", "random"))
+    repair: str = option(
+        "none",
+        "least_squares: layers that lost inputs are fitted to the dense layers' outputs on their branch's samples",
+        enum=("none", "least_squares"),
+    )
+    repair_samples: int = option(
+        1024, "calibration samples for repair at most; their activations are held in memory", minimum=1
+    )
     kmeans_restarts: int = option(10, "restarts of spherical k-means", minimum=1)
     kmeans_iterations: int = option(100, "iterations of one restart at most", minimum=1)
     seed: int = option(0, "seed of projections, k-means and random choices", minimum=0)

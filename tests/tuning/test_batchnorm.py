@@ -137,13 +137,12 @@ def test_a_branch_without_samples_keeps_its_statistics(caplog: pytest.LogCapture
 def test_points_are_joined_across_batches() -> None:
     """Routed parts of several batches run together: cloud indices go on where the last part ended."""
     from sigmab_plugin.tree.modality import Points
-    from sigmab_plugin.tuning.batchnorm import _join
 
     parts = [
         (torch.ones(3, 2), torch.zeros(3, 3), torch.tensor([0, 0, 1])),
         (torch.full((2, 2), 2.0), torch.zeros(2, 3), torch.tensor([0, 1])),
     ]
-    x, pos, batch = _join(Points(), parts)
+    x, pos, batch = Points().join(parts)
     assert batch.tolist() == [0, 0, 1, 2, 3]
     assert x[:, 0].tolist() == [1, 1, 1, 2, 2]
     assert pos.shape == (5, 3)

@@ -22,6 +22,7 @@ from .inner import InnerActivations
 from .net import Router, SigmaBNet
 from .plan import BranchPlan, Plan, SplitPlan, child, paths_at, prefixes
 from .prepare import Prepared, channel_means
+from .repair import Pair, fit_layers, sample_pairs
 from .segments import Segments, call
 from .statistics import collect_level
 
@@ -60,6 +61,8 @@ class Builder:
         self.branches: dict[str, BranchPlan] = {}
         self.splits: dict[str, SplitPlan] = {}
         self._objective: dict[str, float] = {}
+        #: Node -> the samples that reach it, in the dense network and in the tree; only where layers are repaired.
+        self._reaching: dict[str, Pair] = {}
 
     def run(self, progress: Callable[[str, int], None] | None = None) -> Iterator[Allocation]:
         """Yield every branch's allocation, then build it; afterwards :meth:`net` is ready."""
@@ -123,6 +126,36 @@ class Builder:
         sizes = torch.bincount(all_gather_rows(label), minlength=2 * len(paths)).reshape(len(paths), 2)
         for number, path in enumerate(paths):
             yield from self._split(level, path, means[number], sizes[number], inner.columns)
+        if self.config.repair != "none":
+            self._repair_level(level, total=int(sizes.sum()))
+
+    def _repair_level(self, level: int, *, total: int) -> None:
+        """Fit the specializers of one level; what they give then is what the next level clusters and routes."""
+        prepared = self.prepared
+        kind = prepared.modalities[level]
+        if level == 0:
+            self._reaching[""] = sample_pairs(
+                prepared.segments, kind, self.calibration, limit=self.config.repair_samples, total=total
+            )
+        for path in paths_at(level):
+            pair = self._reaching.pop(path, None)
+            if pair is None:
+                continue
+            choice = self.routers[path](kind.pool(pair.own)).argmax(dim=1)
+            for branch in (0, 1):
+                index = (choice == branch).nonzero().flatten()
+                below = child(path, branch)
+                if len(index):
+                    self._reaching[below] = self._fit(level, below, pair.take(kind, index))
+                else:
+                    _log.warning("branch %s is not repaired: none of repair_samples reaches it", below)
+
+    def _fit(self, segment: int, path: str, pair: Pair) -> Pair:
+        prepared = self.prepared
+        own = self.heads[path] if segment == prepared.depth else self.specializers[path]
+        return fit_layers(
+            prepared.segments.tail[segment], own, prepared.slices(segment, self._kept(path)), pair
+        )
 
     def _new_router(self, path: str, device: torch.device) -> Router:
         prepared, config = self.prepared, self.config
@@ -242,6 +275,8 @@ class Builder:
             lengths = {name: len(index) for name, index in keep.items()}
             yield allocation
             self._commit(prepared.depth, allocation, lengths)
+            if leaf in self._reaching:
+                self._fit(prepared.depth, leaf, self._reaching.pop(leaf))
 
     def _samples(self, leaf: str) -> int:
         parent, _, branch = leaf.rpartition("/")

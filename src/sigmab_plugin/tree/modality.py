@@ -5,7 +5,7 @@ A *frontier* is what crosses a cut: a tensor, or a tuple whose first entry holds
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,9 @@ class Modality(Protocol):
 
     def size(self, frontier: Any) -> int:
         """Number of samples B."""
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        """Frontiers of several groups of samples as one, in order."""
 
     def channel_dim(self, values: tuple[Any, ...], position: int) -> int:
         """Channel dimension of entry ``position`` of a frontier."""
@@ -57,6 +60,14 @@ class Vectors:
 
     def size(self, frontier: Any) -> int:
         return features(frontier).shape[0]
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        if len(parts) == 1:
+            return parts[0]
+        if not isinstance(parts[0], (tuple, list)):
+            return torch.cat(list(parts))
+        columns = zip(*parts, strict=True)
+        return tuple(torch.cat(column) if torch.is_tensor(column[0]) else column[0] for column in columns)
 
     def channel_dim(self, values: tuple[Any, ...], position: int) -> int:
         return values[position].ndim - 1 if values[position].ndim <= 3 else 1
@@ -117,6 +128,13 @@ class Points(Vectors):
         # Clouds in the order of ``index``, points in their own order.
         rows = rows[torch.argsort(renumbered[rows], stable=True)]
         return x[rows], pos[rows], renumbered[rows]
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        shifted, start = [], 0
+        for x, pos, batch in parts:
+            shifted.append((x, pos, batch + start))
+            start += self.size((x, pos, batch))
+        return super().join(shifted)
 
     def size(self, frontier: Any) -> int:
         batch = frontier[2]

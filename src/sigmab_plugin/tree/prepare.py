@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..channels import ChannelGroup, slice_module, slices_of
+from ..channels import ChannelGroup, Slices, slice_module, slices_of
 from ..channels.probe import Prober
 from ..channels.slicing import named_tensors
 from ..channels.torch_pruning import check_not_shared, collect_groups
@@ -57,10 +57,14 @@ class Prepared:
             scale=self.scale,
         )
 
+    def slices(self, number: int, keep: Mapping[str, torch.Tensor]) -> Slices:
+        """What segment ``number`` of the tail keeps of its tensors."""
+        return slices_of(self.groups, keep, segment=number, shapes=self.shapes[number + 1])
+
     def sliced(self, number: int, keep: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[str, Any]]:
         """Segment ``number`` of the tail with only the kept channels, and its special attributes."""
         module = self.segments.tail[number]
-        slices = slices_of(self.groups, keep, segment=number, shapes=self.shapes[number + 1])
+        slices = self.slices(number, keep)
         attributes = self.prober.attributes(module, keep, segment=number) if self.prober is not None else {}
         return slice_module(module, slices, attributes=attributes), attributes
 

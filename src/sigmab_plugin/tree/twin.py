@@ -12,11 +12,13 @@ from torch import nn
 from ..channels import slice_module
 from ..config import SigmaBConfig
 from ..modes import evaluating
+from ..tuning.distributed import all_reduce_sum
 from .allocation import top_channels
 from .calibration import Calibration
 from .inner import InnerActivations
 from .plan import paths_at, prefixes
 from .prepare import Prepared, channel_means, prepare
+from .repair import fit_layers, sample_pairs
 from .segments import call
 
 
@@ -76,7 +78,7 @@ def build_twin(prepared: Prepared, calibration_data: Iterable[Any] | None) -> St
         for level, block in enumerate(segments.levels)
     ]
     with evaluating(segments.backbone, *segments.tail):
-        means = _mean_rows(prepared, calibration, recorders)
+        means, total = _mean_rows(prepared, calibration, recorders)
         leaf = max(paths_at(prepared.depth), key=lambda path: _channels(prepared, path))
         keep: dict[str, torch.Tensor] = {}
         for number, branch in enumerate([*prefixes(leaf), leaf]):
@@ -89,13 +91,23 @@ def build_twin(prepared: Prepared, calibration_data: Iterable[Any] | None) -> St
                     score = planes[recorders[number].columns[group.name]]
                 keep[group.name] = top_channels(score, prepared.width(group, branch), group.partitions)
         tail = [prepared.sliced(number, keep)[0] for number in range(len(segments.tail))]
+        if prepared.config.repair != "none":
+            pair = sample_pairs(
+                segments,
+                prepared.modalities[0],
+                calibration,
+                limit=prepared.config.repair_samples,
+                total=total,
+            )
+            for number, (block, own) in enumerate(zip(segments.tail, tail, strict=True)):
+                pair = fit_layers(block, own, prepared.slices(number, keep), pair)
         return StaticTwin([slice_module(segments.backbone, {}), *tail])
 
 
 def _mean_rows(
     prepared: Prepared, calibration: Calibration, recorders: Sequence[InnerActivations]
-) -> list[torch.Tensor]:
-    """Per level, the mean over all data of the dense block's pooled outputs, then of its inner planes."""
+) -> tuple[list[torch.Tensor], int]:
+    """Per level, the mean over all data of the dense block's pooled outputs, then of its inner planes; samples."""
     sums: list[torch.Tensor] = []
     count = 0
     with ExitStack() as hooks:
@@ -112,7 +124,8 @@ def _mean_rows(
                     rows = torch.cat([rows, recorder.rows(before, prepared.modalities[level])], dim=1)
                 totals.append(rows.double().sum(dim=0).cpu())
             sums = [old + new for old, new in zip(sums, totals, strict=True)] if sums else totals
-    return [total / count for total in sums]
+    samples = int(all_reduce_sum(torch.tensor([count])))
+    return [all_reduce_sum(total) / samples for total in sums], samples
 
 
 def _channels(prepared: Prepared, leaf: str) -> int:

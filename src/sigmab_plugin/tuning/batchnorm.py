@@ -143,7 +143,7 @@ class _Collection:
                 logger.warning("BatchNorm of branch %s keeps its statistics: no two samples reach it", path)
 
     def _run(self, path: str) -> None:
-        frontier = _join(self._kinds[path], self._pending[path])
+        frontier = self._kinds[path].join(self._pending[path])
         with self.collecting(path):
             self.modules[path](*as_arguments(frontier))
         self._seen[path] += self._waiting[path]
@@ -232,18 +232,3 @@ def _key(path: str) -> str:
 def _norms(module: nn.Module) -> list[_BatchNorm]:
     """BatchNorms that keep running statistics."""
     return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-
-
-def _join(modality: Any, parts: list[Any]) -> Any:
-    """Frontiers of several groups of samples as one, in order."""
-    if len(parts) == 1:
-        return parts[0]
-    if not isinstance(parts[0], (tuple, list)):
-        return torch.cat(parts)
-    columns = [list(column) for column in zip(*parts, strict=True)]
-    if modality.name == "points":
-        start = 0
-        for position, part in enumerate(parts):
-            columns[2][position] = part[2] + start
-            start += modality.size(part)
-    return tuple(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns)
