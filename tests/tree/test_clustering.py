@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sigmab_plugin.errors import CalibrationError
-from sigmab_plugin.tree.clustering import spherical_kmeans
+from sigmab_plugin.tree.clustering import balanced_halves, spherical_kmeans
 
 
 def _blobs(count: int, dim: int = 16, k: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,3 +85,31 @@ def test_one_outlier_is_a_cluster_of_its_own_rather_than_none() -> None:
 def test_refuses(rows: torch.Tensor, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         spherical_kmeans(rows)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 80), st.integers(2, 8), st.integers(0, 10_000))
+def test_balanced_halves_are_halves(count: int, dim: int, seed: int) -> None:
+    rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+    rows[: count // 5] += 3  # a cluster and the rest, unequal by themselves
+    start = spherical_kmeans(rows)
+    result = balanced_halves(rows, start)
+    sizes = torch.bincount(result.assignment, minlength=2).tolist()
+    assert sorted(sizes) == [count // 2, count - count // 2]
+    bias = torch.tensor([-result.threshold, 0.0])
+    assert torch.equal(torch.nn.functional.linear(rows, result.centroids, bias).argmax(1), result.assignment)
+    # Equal sizes cost similarity, or leave it as it was.
+    assert result.objective <= start.objective + 1e-5
+
+
+def test_balanced_halves_keep_equal_clusters_as_they_are() -> None:
+    rows, _ = _blobs(400)
+    start = spherical_kmeans(rows)
+    result = balanced_halves(rows, start)
+    assert torch.equal(result.assignment, start.assignment)
+
+
+def test_rows_that_cannot_be_halved_keep_their_clusters() -> None:
+    rows = torch.cat([torch.ones(9, 4), -torch.ones(2, 4)])
+    start = spherical_kmeans(rows)
+    assert torch.equal(balanced_halves(rows, start).assignment, start.assignment)

@@ -216,6 +216,16 @@ def test_random_partition_has_the_same_shape(net: SigmaBNet) -> None:
     assert other.plan.branches["0"] != net.plan.branches["0"]
 
 
+def test_balanced_clusters() -> None:
+    case = next(case for case in CASES if case.name == "mlp")
+    net = _build(case, balanced_clusters=True)
+    assert net.plan.splits[""].samples == (18, 18)
+    assert all(abs(left - right) <= 1 for left, right in (s.samples for s in net.plan.splits.values()))
+    batches = case.batches()
+    leaves = torch.bincount(torch.cat([net.route(batch) for batch in batches]), minlength=4)
+    assert leaves.tolist() == [9, 9, 9, 9]
+
+
 @pytest.mark.parametrize("name", ["resnet50", "vit", "pointnet2", "mobilenet_v2"])
 def test_inner_planes_per_cluster(name: str) -> None:
     case = next(case for case in CASES if case.name == name)

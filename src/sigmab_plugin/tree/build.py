@@ -17,7 +17,7 @@ from ..modes import evaluating
 from ..tuning.distributed import all_gather_rows
 from .allocation import split_channels, top_channels
 from .calibration import Calibration
-from .clustering import spherical_kmeans
+from .clustering import balanced_halves, spherical_kmeans
 from .inner import InnerActivations
 from .net import Router, SigmaBNet
 from .plan import BranchPlan, Plan, SplitPlan, child, paths_at, prefixes
@@ -214,11 +214,13 @@ class Builder:
                 iterations=self.config.kmeans_iterations,
                 seed=_node_seed(self.config.seed, path),
             )
+            if self.config.balanced_clusters:
+                result = balanced_halves(everyone, result, iterations=self.config.kmeans_iterations)
             router = self.routers[path]
             router.linear.weight.copy_(result.centroids)
-            router.linear.bias.zero_()
+            router.linear.bias.copy_(torch.tensor([-result.threshold, 0.0]))
             self._objective[path] = result.objective
-            choice = nn.functional.linear(own, result.centroids).argmax(dim=1)
+            choice = router.linear(own.to(router.linear.weight.device)).argmax(dim=1).cpu()
             label[rows] = 2 * number + choice
         return label
 

@@ -19,11 +19,14 @@ class Clustering:
         centroids: (k, D) unit vectors.
         assignment: (N,) index of the nearest centroid of each row.
         objective: mean cosine similarity of the rows to their centroid.
+        threshold: balanced halves only: rows whose product with ``centroids[0] - centroids[1]`` is larger are
+            in cluster 0; otherwise 0.
     """
 
     centroids: torch.Tensor
     assignment: torch.Tensor
     objective: float
+    threshold: float = 0.0
 
 
 def spherical_kmeans(
@@ -76,6 +79,42 @@ def spherical_kmeans(
             "give more varied data"
         )
     return Clustering(best_centroids, assignment, best_objective)
+
+
+def balanced_halves(latents: torch.Tensor, start: Clustering, *, iterations: int = 100) -> Clustering:
+    """Two clusters of equal size, from a clustering with two centroids.
+
+    Rows go to cluster 0 by how much nearer they are to its centroid, the nearer half of them; centroids are the mean
+    directions of their rows, in turns until no row moves. Not part of the paper.
+
+    Args:
+        latents: (N, D), as for :func:`spherical_kmeans`; a threshold on the product with unnormalised rows splits
+            them, so that a router can do the same with a bias.
+    """
+    latents = latents.detach().float()
+    rows = torch.nn.functional.normalize(latents, dim=1)
+    centroids = start.centroids
+    nearer, threshold = _nearer_half(latents, centroids)
+    for _ in range(iterations):
+        if bool(nearer.all()) or not bool(nearer.any()):  # half of the rows or more are the same
+            return start
+        means = torch.stack([rows[part].double().mean(dim=0) for part in (nearer, ~nearer)])
+        centroids = torch.nn.functional.normalize(means, dim=1).float()
+        before, (nearer, threshold) = nearer, _nearer_half(latents, centroids)
+        if torch.equal(before, nearer):
+            break
+    assignment = (~nearer).long()
+    objective = float((rows * centroids[assignment]).sum(dim=1, dtype=torch.float64).mean())
+    return Clustering(centroids, assignment, objective, threshold)
+
+
+def _nearer_half(latents: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Rows nearer to centroid 0 than the middle one is, and the threshold that says so."""
+    first, second = torch.nn.functional.linear(latents, centroids).unbind(dim=1)
+    ordered = (first - second).sort().values
+    middle = len(ordered) // 2
+    threshold = float((ordered[middle - 1] + ordered[middle]) / 2)
+    return first - threshold > second, threshold
 
 
 def _canonical_order(rows: torch.Tensor) -> torch.Tensor:

@@ -111,14 +111,14 @@ class _Fit:
         rows = self._rows.outputs(output)
         self._targets = rows if self._kept is None else rows.index_select(1, self._kept.to(rows.device))
 
-    def solve(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def solve(self, layer: Any, inputs: tuple[Any, ...]) -> None:
         # A layer that is called twice has two sets of inputs: one fit would spoil the other.
         if self._targets is None or self._rows is None or self._calls != 1:
             return
-        x = self._rows.inputs(module, inputs[0])
+        x = self._rows.inputs(layer, inputs[0])
         if len(x) != len(self._targets):
             return
-        weight, bias = module.weight, module.bias
+        weight, bias = layer.weight, layer.bias
         fitted = weight.detach().double().flatten(1)
         if bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
