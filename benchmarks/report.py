@@ -61,6 +61,19 @@ TITLES = {
     "shared-0.25": "SigmaB, the paper's loss, κ = 0.25",
     "shared-0.75": "SigmaB, the paper's loss, κ = 0.75",
     "bn-per-leaf": "SigmaB, the paper's loss, BatchNorm re-estimated per leaf",
+    "balanced-clusters": "SigmaB, the paper's loss, clusters of equal size",
+    "one-level": "SigmaB, the paper's loss, one level, two leaves",
+    "three-levels": "SigmaB, the paper's loss, three levels, eight leaves",
+    "uneven-widths": "SigmaB, the paper's loss, one half of the tree narrower",
+    "sigmab-repaired": "SigmaB, the paper's loss, from a least-squares repair",
+    "twin-repaired": "static twin, from a least-squares repair",
+    "untrained-sigmab": "SigmaB, weights as copied",
+    "untrained-twin": "static twin, weights as copied",
+    "untrained-twin-bn": "static twin, BatchNorm re-estimated",
+    "untrained-pruned-bn": "Torch-Pruning, group magnitude, BatchNorm re-estimated",
+    "untrained-sigmab-repaired": "SigmaB, least-squares repair",
+    "untrained-twin-repaired": "static twin, least-squares repair",
+    "untrained-twin-repaired-bn": "static twin, least-squares repair, BatchNorm re-estimated",
 }
 #: Variations of one part each: on the page of the benchmarks, not in the short tables.
 ABLATIONS = {
@@ -77,6 +90,12 @@ ABLATIONS = {
     "shared-0.25",
     "shared-0.75",
     "bn-per-leaf",
+    "balanced-clusters",
+    "one-level",
+    "three-levels",
+    "uneven-widths",
+    "untrained-twin-bn",
+    "untrained-twin-repaired-bn",
 }
 COLUMNS = (
     "network",
@@ -116,8 +135,24 @@ def details(folder: Path) -> str:
     if folder.name in OTHER_TABLES:
         return OTHER_TABLES[folder.name](folder.parent)
     results = read_results(folder)
-    parts = [_table(results), *_differences(results), _robustness(results), _provenance(results)]
+    parts = [*_tables(results), _robustness(_trained(results)), _provenance(results)]
     return "\n\n".join(parts) + "\n"
+
+
+def _trained(results: dict[str, list[Result]]) -> dict[str, list[Result]]:
+    return {arm: runs for arm, runs in results.items() if runs[0]["epochs"]}
+
+
+def _tables(results: dict[str, list[Result]]) -> list[str]:
+    """Networks after fine-tuning with what their controls say; then those that were not trained."""
+    trained = _trained(results)
+    parts = [_table(trained), *_differences(trained)]
+    dense = {arm: runs for arm, runs in trained.items() if arm == "dense"}
+    untrained = {arm: runs for arm, runs in results.items() if arm not in trained}
+    if untrained:
+        parts += ["Without training; calibration samples, no labels:", _table({**dense, **untrained})]
+        parts += _differences(untrained)
+    return parts
 
 
 def summary(results: Path) -> str:
@@ -126,7 +161,7 @@ def summary(results: Path) -> str:
     for folder in _folders(results):
         found = {arm: runs for arm, runs in read_results(folder).items() if arm not in ABLATIONS}
         first = next(iter(found.values()))[0]
-        parts += [f"**{folder.name}**: {first['note']}.", _table(found), *_differences(found)]
+        parts += [f"**{folder.name}**: {first['note']}.", *_tables(found)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -211,8 +246,24 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
         *(("sigmab", arm) for arm in ("random-partition", "lambda-0")),
         *(
             (arm, "sigmab")
-            for arm in ("balanced", "slow-router", "shared-0.25", "shared-0.75", "bn-per-leaf")
+            for arm in (
+                "balanced",
+                "slow-router",
+                "shared-0.25",
+                "shared-0.75",
+                "bn-per-leaf",
+                "balanced-clusters",
+                "one-level",
+                "three-levels",
+                "uneven-widths",
+                "sigmab-repaired",
+            )
         ),
+        ("sigmab-branch-rate", "twin-double-rate"),
+        ("sigmab-repaired", "twin-repaired"),
+        ("twin-repaired", "twin"),
+        ("untrained-sigmab-repaired", "untrained-twin-repaired"),
+        ("untrained-sigmab-repaired", "untrained-pruned-bn"),
     )
     for tree, control in pairs:
         if tree not in results or control not in results:
@@ -232,12 +283,12 @@ def _provenance(results: dict[str, list[Result]]) -> str:
     first = runs[0]
     minutes = ", ".join(
         f"{TITLES.get(arm, arm)} {spread([r['train_seconds'] / 60 for r in group], digits=1)}"
-        for arm, group in results.items()
+        for arm, group in _trained(results).items()
     )
     samples = {
         f"{r['epochs']} epochs ({r['train_samples']:,} samples)".replace(",", " ")
         for r in runs
-        if r["arm"] != "dense"
+        if r["arm"] != "dense" and r["epochs"]
     }
     dense = [
         f"{r['epochs']} epochs ({r['train_samples']:,} samples)".replace(",", " ")
