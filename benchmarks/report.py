@@ -66,6 +66,7 @@ TITLES = {
     "three-levels": "SigmaB, the paper's loss, three levels, eight leaves",
     "uneven-widths": "SigmaB, the paper's loss, one half of the tree narrower",
     "sigmab-repaired": "SigmaB, the paper's loss, from a least-squares repair",
+    "sigmab-branch-rate-repaired": "SigmaB, inner channels by activation, rates by level, from a least-squares repair",
     "twin-repaired": "static twin, from a least-squares repair",
     "untrained-sigmab": "SigmaB, weights as copied",
     "untrained-twin": "static twin, weights as copied",
@@ -73,6 +74,7 @@ TITLES = {
     "untrained-pruned-bn": "Torch-Pruning, group magnitude, BatchNorm re-estimated",
     "untrained-sigmab-repaired": "SigmaB, least-squares repair",
     "untrained-twin-repaired": "static twin, least-squares repair",
+    "untrained-twin-equal-repaired": "static twin widened to SigmaB's active parameters, least-squares repair",
     "untrained-twin-repaired-bn": "static twin, least-squares repair, BatchNorm re-estimated",
 }
 #: Variations of one part each: on the page of the benchmarks, not in the short tables.
@@ -261,8 +263,11 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
         ),
         ("sigmab-branch-rate", "twin-double-rate"),
         ("sigmab-repaired", "twin-repaired"),
+        ("sigmab-branch-rate-repaired", "twin-repaired"),
+        ("sigmab-branch-rate-repaired", "sigmab-branch-rate"),
         ("twin-repaired", "twin"),
         ("untrained-sigmab-repaired", "untrained-twin-repaired"),
+        ("untrained-sigmab-repaired", "untrained-twin-equal-repaired"),
         ("untrained-sigmab-repaired", "untrained-pruned-bn"),
     )
     for tree, control in pairs:

@@ -85,6 +85,19 @@ def test_compress_from_a_config_file_equals_the_options(
     assert (again / "model.safetensors").read_bytes() == (tree / "model.safetensors").read_bytes()
 
 
+def test_compress_repairs(
+    tree: Path, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--weights", str(dense), "--data", "digits", "--out", str(tmp_path / "repaired")]
+    run(capsys, "compress", *MODEL, *TREE, *words, "--repair", "least_squares")
+    copied, repaired = (
+        sigmab_plugin.load(folder, cifar_resnet18(**MODEL_ARGS)) for folder in (tree, tmp_path / "repaired")
+    )
+    assert repaired.config.repair == "least_squares"
+    assert repaired.parameter_counts() == copied.parameter_counts()
+    assert not torch.equal(repaired.heads["0_0"].fc.weight, copied.heads["0_0"].fc.weight)
+
+
 def test_finetune_then_evaluate(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuned = tmp_path / "tuned"
     recipe = tmp_path / "recipe.json"

@@ -78,6 +78,16 @@ def test_network_is_the_tree_and_the_model_stays_as_it_was(
     assert controller.statistics().sigmab.active == counts.active
 
 
+def test_repair_in_a_section(build: Any, dense: nn.Module, sections: Any, data: Any) -> None:
+    with torch.no_grad():
+        wanted = dense(data[0])
+        away = []
+        for repair in ("none", "least_squares"):
+            _, network = build(dense, {**sections["sigmab"], "repair": repair})
+            away.append(float((network.eval()(data[0]) - wanted).square().mean()))
+    assert away[1] < 0.2 * away[0]
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_task_loss_plus_controller_loss_is_equation_8(
     build: Any, dense: nn.Module, data: Any, sections: Any, smoothing: float

@@ -43,6 +43,16 @@ def test_sigmab_alone(host: Any, tree: SigmaBNet, data: Any) -> None:
     assert len(tree.route(data[0]).unique()) > 1
 
 
+def test_repair_in_a_section(
+    host: Any, tree: SigmaBNet, dense: nn.Module, config_of: Any, sections: Any, dataset: Any, data: Any
+) -> None:
+    repaired = host.compress(dense, config_of({**sections["sigmab"], "repair": "least_squares"}), dataset)
+    with torch.no_grad():
+        wanted = dense(data[0])
+        away, near = (float((net(data[0]) - wanted).square().mean()) for net in (tree, repaired))
+    assert near < 0.2 * away
+
+
 @pytest.mark.slow
 def test_sigmab_then_quantization(
     host: Any, dense: nn.Module, config_of: Any, sections: Any, dataset: Any, data: Any, tmp_path: Path

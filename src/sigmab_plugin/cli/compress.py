@@ -53,6 +53,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     group.add_argument(
         "--projection-dim", type=int, metavar="D", help="size of the routers' latents (default 128)"
     )
+    group.add_argument(
+        "--repair",
+        choices=("none", "least_squares"),
+        help="least_squares: fit the sliced layers to the dense ones' outputs; no labels, no training",
+    )
     group.add_argument("--samples", type=positive, metavar="N", help="read at most N samples (default: all)")
     group.add_argument(
         "--twin", action="store_true", help="also build the static twin, the control beside the tree"
@@ -129,6 +134,7 @@ def read_config(args: argparse.Namespace) -> SigmaBConfig:
         "head": args.head,
         "active_ratio": args.active_ratio,
         "projection_dim": args.projection_dim,
+        "repair": args.repair,
         "seed": args.seed or None,
     }
     config = config.replace(**{key: value for key, value in given.items() if value is not None})

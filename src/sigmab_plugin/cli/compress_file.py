@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..hosts.nncf_v3 import SectionReport
 
 #: Options that change one field of the file's sigmab section.
-FIELDS = ("levels", "head", "active_ratio", "projection_dim")
+FIELDS = ("levels", "head", "active_ratio", "projection_dim", "repair")
 
 
 def lists_more_than_the_tree(args: argparse.Namespace) -> bool:
