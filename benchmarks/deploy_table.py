@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = {
+    "dense cut alike, warm": ("warm", "dense, cut alike"),
     "SigmaB, warm": ("warm", "sigmab"),
     "single file, warm": ("warm", "sigmab, single file"),
     "pruned, warm": ("warm", "pruned"),

@@ -149,8 +149,10 @@ def _options(setup: Setup, name: str, directory: str, **more: Any) -> dict[str, 
 
 def warm_rows(setup: Setup, limits: Limits) -> list[Row]:
     """Weights in memory."""
-    kinds = ("dense", "pruned", "sigmab")
-    with _runners(setup, {kind: _options(setup, kind, kind) for kind in kinds}) as opened:
+    kinds = {"dense": "dense", "dense, cut alike": "dense-links", "pruned": "pruned", "sigmab": "sigmab"}
+    wanted = {name: _options(setup, name, kind) for name, kind in kinds.items()}
+    wanted = {name: options for name, options in wanted.items() if options["directory"].exists()}
+    with _runners(setup, wanted) as opened:
         variants = {name: _variant(setup, name, runner) for name, runner in opened.items()}
         single = setup.root / f"single-{BACKENDS[setup.backend]}"
         if setup.backend in ("onnxruntime", "openvino") and single.exists():

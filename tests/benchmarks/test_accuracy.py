@@ -33,7 +33,7 @@ def report():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, _benchmarks_on_path) -> Path:
-    """Results of a tiny experiment on the digits: one epoch, four arms."""
+    """Results of a tiny experiment on the digits: one epoch, four arms, two more without training."""
     import run
 
     folder = tmp_path_factory.mktemp("benchmark")
@@ -43,6 +43,12 @@ def finished(tmp_path_factory, _benchmarks_on_path) -> Path:
     recipe["arms"] = {
         name: recipe["arms"][name]
         for name in ("sigmab", "twin", "twin-equal-teacher", "pruned-taylor-teacher")
+    }
+    untrained = {"kind": "twin", "config": {"repair": "least_squares"}, "train": {"epochs": 0}}
+    recipe["arms"]["untrained-twin-repaired"] = untrained
+    recipe["arms"]["untrained-twin-repaired-bn"] = {
+        **untrained,
+        "train": {"epochs": 0, "bn_reestimation": True},
     }
     (folder / "tiny.json").write_text(json.dumps(recipe))
     arguments = ["digits", "--recipe", str(folder / "tiny.json"), "--out", str(folder / "out")]
@@ -78,6 +84,21 @@ def test_results_say_how_they_were_made(finished: Path) -> None:
     assert sum(record["test"]["leaf_shares"]) == pytest.approx(1, abs=1e-3)
     assert record["test"]["samples"] == 360
     assert {"torch", "torch-pruning", "machine", "train_seconds", "restructure_seconds"} <= record.keys()
+
+
+@pytest.mark.slow
+def test_arms_without_training(report, finished: Path) -> None:
+    record, renewed = (_read(finished, f"untrained-twin-repaired{end}") for end in ("", "-bn"))
+    assert (record["epochs"], record["train_samples"], record["train_seconds"]) == (0, 0, 0.0)
+    assert record["val_accuracy"] == record["val_accuracy_before_finetuning"]
+    assert renewed["val_accuracy_before_finetuning"] == record["val_accuracy"]
+    assert renewed["robustness"] != record["robustness"]
+    text = report.details(finished / "tiny")
+    trained, _, untrained = text.partition("Without training")
+    row = f"| static twin, least-squares repair | 1 | 0 | {record['test']['accuracy']:.2f} |"
+    assert row in untrained
+    assert row not in trained
+    assert "| static twin | 1 | 1 |" in trained
 
 
 @pytest.mark.slow
