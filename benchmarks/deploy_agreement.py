@@ -1,6 +1,6 @@
 """Are the outputs of every backend those of torch's hard routing? On real images, with trained weights.
 
-Used by ``deploy.py --images``. The dense network is restructured on training images; ``weights`` are a
+Used by ``deploy.py --images``. The dense network is restructured and repaired on training images; ``weights`` are a
 checkpoint of it (safetensors), without which it keeps its random initialisation.
 """
 
@@ -55,7 +55,7 @@ class Images:
         dense = cifar_resnet50(100, width=self.width).eval()
         if self.weights is not None:
             load_weights(self.weights, dense)
-        config = SigmaBConfig.preset("resnet50", seed=0)
+        config = SigmaBConfig.preset("resnet50", seed=0, repair="least_squares")
         pruner = SigmaBPruner(dense, (x[:2],), calibration_data=list(x.split(250)), config=config)
         net: SigmaBNet = pruner.step().eval()
         return net
@@ -72,7 +72,7 @@ def agreement(images: Images, cache: Path, backends: Sequence[str], threads: int
     common = {
         "case": "resnet50-32",
         "width": images.width,
-        "weights": "restructured on real images, dense network "
+        "weights": "restructured and repaired on real images, dense network "
         + ("trained" if images.weights is not None else "random"),
         "parameters": net.parameter_counts().active,
         "images": len(x),
