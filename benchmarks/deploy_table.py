@@ -91,6 +91,6 @@ def _agreement(found: list[dict[str, Any]]) -> list[str]:
     first = found[0]
     return [
         f"\n{first['images']:,} real test images ({first['case']}, width {first['width']:g}), largest difference from "
-        f"torch's hard routing where the leaf is the same: {names}. {100 * first['correct_torch']:.0f} % are classified "
-        "correctly, a tree repaired and not trained."
+        f"torch's hard routing where the leaf is the same: {names}. {100 * first['correct_torch']:.0f} % are "
+        "classified correctly, by a tree repaired and not trained."
     ]

@@ -78,7 +78,7 @@ def active_parameters(dense: nn.Module, example: Any, config: SigmaBConfig, data
     few = Loader(data.dataset, batch_size=data.batch_size, augment=data.augment)
     batch = [next(iter(few))]
     net = SigmaBPruner(
-        dense, example, calibration_data=batch, config=config.replace(kmeans_restarts=1)
+        dense, example, calibration_data=batch, config=config.replace(kmeans_restarts=1, repair="none")
     ).step()
     return int(net.parameter_counts().active)
 
@@ -93,15 +93,18 @@ def wide_twin(
     """
     batch = [next(iter(data))]
 
-    def twin(factor: float, calibration_data: Any) -> nn.Module:
+    def twin(factor: float, calibration_data: Any, *, repair: str) -> nn.Module:
         if config.widths:
             changed = config.replace(widths=_scaled(config.widths, factor))
         else:
             changed = config.replace(active_ratio=min(1.0, factor * target / parameter_count(dense)))
+        changed = changed.replace(repair=repair)
         return static_twin(dense, example, config=changed, calibration_data=calibration_data)
 
-    factor = _solve(lambda f: parameter_count(twin(f, batch)), target, low=0.9, high=1.6, rising=True)
-    return twin(factor, data)
+    factor = _solve(
+        lambda f: parameter_count(twin(f, batch, repair="none")), target, low=0.9, high=1.6, rising=True
+    )
+    return twin(factor, data, repair=config.repair)
 
 
 def _scaled(widths: Any, factor: float) -> Any:

@@ -223,7 +223,9 @@ class SigmaBConfig(TechniqueConfig):
     )
     kmeans_restarts: int = option(10, "restarts of spherical k-means", minimum=1)
     kmeans_iterations: int = option(100, "iterations of one restart at most", minimum=1)
-    balanced_clusters: bool = option(False, "the two clusters of a node get equally many calibration samples")
+    balanced_clusters: bool = option(
+        False, "a node's clusters get equally many calibration samples, ties permitting"
+    )
     seed: int = option(0, "seed of projections, k-means and random choices", minimum=0)
 
     def validate(self) -> None:

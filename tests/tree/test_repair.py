@@ -12,7 +12,7 @@ from torch import nn
 
 from sigmab_plugin import SigmaBConfig, SigmaBNet, SigmaBPruner, load, save, static_twin
 from sigmab_plugin.tree.modality import Images
-from sigmab_plugin.tree.repair import Pair, fit_layers
+from sigmab_plugin.tree.repair import Pair, fit_layers, regress
 from sigmab_plugin.tree.segments import call
 
 from ..zoo import CASES, MLP, Case
@@ -90,9 +90,11 @@ class Doubled(nn.Module):
         (nn.Linear(6, 16), nn.Linear(16, 5, bias=False), (7, 6)),
         (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 5, 3, padding=1, bias=False), (3, 9, 8)),
         (nn.Conv2d(3, 16, 1), nn.Conv2d(16, 5, (1, 3), stride=2, dilation=(1, 2)), (3, 9, 9)),
+        (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 5, (3, 2), padding="same", dilation=2), (3, 9, 8)),
+        (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 5, 3, padding=(2, 1), padding_mode="reflect"), (3, 9, 8)),
         (nn.Conv1d(3, 16, 3), nn.Conv1d(16, 5, 3, stride=2, padding=1), (3, 20)),
     ],
-    ids=["linear", "linear on tokens", "conv2d", "strided and dilated", "conv1d"],
+    ids=["linear", "linear on tokens", "conv2d", "strided and dilated", "same", "reflect", "conv1d"],
 )
 def test_what_the_kept_channels_tell_is_recovered(
     wide: nn.Module, reader: nn.Module, shape: tuple[int, ...]
@@ -140,31 +142,102 @@ class Twice(nn.Module):
         return self.layer(torch.relu(self.layer(x)))
 
 
-def test_layers_that_cannot_be_fitted_are_named_and_left(caplog: pytest.LogCaptureFixture) -> None:
-    dense = Twice()
+class Cosine(nn.Linear):
+    """A Linear by class, and none by what it computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(nn.functional.normalize(x, dim=1), self.weight)
+
+
+class Named(nn.Module):
+    """A layer whose input is given by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize(
+    ("dense", "name"), [(Twice(), "layer"), (nn.Sequential(Cosine(8, 8)), "0"), (Named(), "layer")]
+)
+def test_layers_that_cannot_be_fitted_are_named_and_left(
+    dense: nn.Module, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = torch.arange(4)
     own = copy.deepcopy(dense)
-    own.layer = _narrow(dense.layer, outputs=torch.arange(4), inputs=torch.arange(4))
-    before = own.layer.weight.clone()
+    setattr(own, name, _narrow(dense.get_submodule(name), outputs=half, inputs=half))
+    before = own.get_submodule(name).weight.clone()
     x = torch.randn(30, 8)
     with caplog.at_level(logging.INFO, "sigmab_plugin"):
-        fit_layers(dense, own, {"layer.weight": {0: torch.arange(4), 1: torch.arange(4)}}, Pair(x, x[:, :4]))
-    assert "not repaired" in caplog.text
-    assert "layer" in caplog.text
-    assert torch.equal(own.layer.weight, before)
+        fit_layers(dense, own, {f"{name}.weight": {0: half, 1: half}}, Pair(x, x[:, :4]))
+    assert f"as copied: {name}" in caplog.text
+    assert torch.equal(own.get_submodule(name).weight, before)
 
 
-def test_samples_are_spread_over_the_data_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_are_not_fitted_to_the_letter() -> None:
+    """With about as many rows as inputs an unpulled fit is worse on other samples than what it replaces."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(64, 128, generator=generator)
+    weight = torch.randn(10, 128, generator=generator)
+
+    def rows(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(count, 64, generator=generator) @ mix + torch.randn(count, 128, generator=generator)
+        return x[:, :64], x @ weight.T
+
+    def error(fitted: torch.Tensor) -> float:
+        x, y = rows(2000)
+        return float((y - x @ fitted.float().T).square().mean() / y.var())
+
+    copied = weight[:, :64]
+    found = {count: regress(*rows(count), copied, bias=False) for count in (70, 2000)}
+    assert error(found[70][0]) < 1.05 * error(copied)
+    assert error(found[2000][0]) < 0.6 * error(copied)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_offsets_are_fitted_at_any_scale(scale: float) -> None:
+    x = scale * torch.randn(400, 8)
+    weight, offset = torch.randn(3, 8) / scale, torch.tensor([5.0, -2.0, 0.5])
+    found = regress(x, x @ weight.T + offset, torch.zeros(3, 8), bias=True)
+    assert torch.allclose(scale * found[0].float(), scale * weight, atol=0.02)
+    assert torch.allclose(found[1].float(), offset, atol=0.02)
+
+
+def test_values_that_tell_nothing() -> None:
+    assert regress(torch.zeros(20, 4), torch.randn(20, 2), torch.ones(2, 4), bias=False) is None
+    x = torch.randn(20, 4)
+    x[3, 1] = torch.inf
+    assert regress(x, torch.randn(20, 2), torch.ones(2, 4), bias=True) is None
+    weight, _ = regress(torch.randn(3, 4), torch.randn(3, 2), torch.ones(2, 4), bias=True)
+    assert torch.equal(weight, torch.ones(2, 4).double())
+
+
+@pytest.mark.parametrize("size", [1, 5, 48])
+def test_samples_are_drawn_from_all_the_data(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where batches are smaller than the distance between two of them, or the data has a rhythm."""
     case = next(case for case in CASES if case.name == "mlp")
-    seen: list[int] = []
+    seen: list[Pair] = []
 
-    def counting(dense: nn.Module, own: nn.Module, slices: Any, pair: Pair) -> Pair:
-        seen.append(len(pair.dense))
+    def watched(dense: nn.Module, own: nn.Module, slices: Any, pair: Pair) -> Pair:
+        seen.append(pair)
         return fit_layers(dense, own, slices, pair)
 
-    monkeypatch.setattr("sigmab_plugin.tree.build.fit_layers", counting)
-    _built(case, repair="least_squares", repair_samples=50)
-    # 192 samples: every fourth. Each level and the heads see all of them once.
-    assert sum(seen) == 3 * 48
+    monkeypatch.setattr("sigmab_plugin.tree.build.fit_layers", watched)
+    model = case.model()
+    batches = list(torch.cat(case.batches(4, SIZE)).split(size))
+    config = case.config.replace(repair="least_squares", repair_samples=20)
+    SigmaBPruner(model, batches[0], config=config, calibration_data=batches).step()
+    # Two levels and the heads see each of them once, whatever the batches are.
+    assert sum(len(pair.dense) for pair in seen) == 3 * 20
+    with torch.no_grad():
+        everything = model.a(torch.cat(batches))
+    drawn = torch.cat([pair.dense for pair in seen[:2]])
+    where = [int((everything - row).abs().sum(1).argmin()) for row in drawn]
+    assert len(set(where)) == len(where)
+    assert {index % 4 for index in where} == {0, 1, 2, 3}
 
 
 def test_a_repaired_net_is_saved_and_loaded(tmp_path: Any) -> None:

@@ -192,7 +192,8 @@ def open_twin(folder: Path, record: Record, net: SigmaBNet, example: Any, device
     from ..tuning import load_weights
 
     dense = build_model(record.model, record.model_args).to(device)
-    twin = static_twin(dense, example, config=net.config, calibration_data=[example])
+    config = net.config.replace(repair="none")  # the file has the repaired weights
+    twin = static_twin(dense, example, config=config, calibration_data=[example])
     load_weights(folder / TWIN, twin)
     return twin.to(device).eval()
 

@@ -127,15 +127,15 @@ class Builder:
         for number, path in enumerate(paths):
             yield from self._split(level, path, means[number], sizes[number], inner.columns)
         if self.config.repair != "none":
-            self._repair_level(level, total=int(sizes.sum()))
+            self._repair_level(level, count=len(label))
 
-    def _repair_level(self, level: int, *, total: int) -> None:
+    def _repair_level(self, level: int, *, count: int) -> None:
         """Fit the specializers of one level; what they give then is what the next level clusters and routes."""
         prepared = self.prepared
         kind = prepared.modalities[level]
         if level == 0:
             self._reaching[""] = sample_pairs(
-                prepared.segments, kind, self.calibration, limit=self.config.repair_samples, total=total
+                prepared.segments, kind, self.calibration, limit=self.config.repair_samples, count=count
             )
         for path in paths_at(level):
             pair = self._reaching.pop(path, None)
@@ -216,6 +216,9 @@ class Builder:
             )
             if self.config.balanced_clusters:
                 result = balanced_halves(everyone, result, iterations=self.config.kmeans_iterations)
+                halves = torch.bincount(result.assignment, minlength=2).tolist()
+                if abs(halves[0] - halves[1]) > 1:
+                    _log.warning("node %r is split %d / %d: too many equal latents", path or "root", *halves)
             router = self.routers[path]
             router.linear.weight.copy_(result.centroids)
             router.linear.bias.copy_(torch.tensor([-result.threshold, 0.0]))

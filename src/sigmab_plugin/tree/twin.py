@@ -55,7 +55,7 @@ def static_twin(
 
     Output channels are those of largest mean activation over all data; inner ones are chosen as in
     SigmaB's branches: by norm, or by mean activation with ``inner_selection="activation"``. Where
-    branches differ in width, the largest leaf's widths are taken.
+    branches differ in width, the largest leaf's widths are taken. ``repair`` works as in the tree, on all samples.
 
     Args:
         options: tracing options, as in :func:`sigmab_plugin.tree.prepare.prepare`.
@@ -78,7 +78,7 @@ def build_twin(prepared: Prepared, calibration_data: Iterable[Any] | None) -> St
         for level, block in enumerate(segments.levels)
     ]
     with evaluating(segments.backbone, *segments.tail):
-        means, total = _mean_rows(prepared, calibration, recorders)
+        means, count = _mean_rows(prepared, calibration, recorders)
         leaf = max(paths_at(prepared.depth), key=lambda path: _channels(prepared, path))
         keep: dict[str, torch.Tensor] = {}
         for number, branch in enumerate([*prefixes(leaf), leaf]):
@@ -97,7 +97,7 @@ def build_twin(prepared: Prepared, calibration_data: Iterable[Any] | None) -> St
                 prepared.modalities[0],
                 calibration,
                 limit=prepared.config.repair_samples,
-                total=total,
+                count=count,
             )
             for number, (block, own) in enumerate(zip(segments.tail, tail, strict=True)):
                 pair = fit_layers(block, own, prepared.slices(number, keep), pair)
@@ -107,7 +107,9 @@ def build_twin(prepared: Prepared, calibration_data: Iterable[Any] | None) -> St
 def _mean_rows(
     prepared: Prepared, calibration: Calibration, recorders: Sequence[InnerActivations]
 ) -> tuple[list[torch.Tensor], int]:
-    """Per level, the mean over all data of the dense block's pooled outputs, then of its inner planes; samples."""
+    """Per level, the mean over all data of the dense block's pooled outputs, then of its inner planes;
+    and the number of this rank's samples.
+    """
     sums: list[torch.Tensor] = []
     count = 0
     with ExitStack() as hooks:
@@ -125,7 +127,7 @@ def _mean_rows(
                 totals.append(rows.double().sum(dim=0).cpu())
             sums = [old + new for old, new in zip(sums, totals, strict=True)] if sums else totals
     samples = int(all_reduce_sum(torch.tensor([count])))
-    return [all_reduce_sum(total) / samples for total in sums], samples
+    return [all_reduce_sum(total) / samples for total in sums], count
 
 
 def _channels(prepared: Prepared, leaf: str) -> int:
