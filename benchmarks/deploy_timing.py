@@ -150,8 +150,9 @@ def _options(setup: Setup, name: str, directory: str, **more: Any) -> dict[str, 
 def warm_rows(setup: Setup, limits: Limits) -> list[Row]:
     """Weights in memory."""
     kinds = {"dense": "dense", "dense, cut alike": "dense-links", "pruned": "pruned", "sigmab": "sigmab"}
+    if not setup.options("dense-links")["directory"].exists():
+        del kinds["dense, cut alike"]
     wanted = {name: _options(setup, name, kind) for name, kind in kinds.items()}
-    wanted = {name: options for name, options in wanted.items() if options["directory"].exists()}
     with _runners(setup, wanted) as opened:
         variants = {name: _variant(setup, name, runner) for name, runner in opened.items()}
         single = setup.root / f"single-{BACKENDS[setup.backend]}"
