@@ -20,6 +20,7 @@ STYLES = {
     "dense": ("0.35", "-", "o"),
     "dense, prefetch": ("0.35", "--", "o"),
     "pruned": ("tab:green", "-", "s"),
+    "pruned, prefetch": ("tab:green", "--", "s"),
     "sigmab": ("tab:blue", "-", "^"),
     "sigmab, prefetch both": ("tab:blue", "--", "^"),
     "sigmab, prefetch likely": ("tab:blue", ":", "^"),
