@@ -96,6 +96,9 @@ ABLATIONS = {
     "one-level",
     "three-levels",
     "uneven-widths",
+    "sigmab-repaired",
+    "twin-repaired",
+    "sigmab-branch-rate-repaired",
     "untrained-twin-bn",
     "untrained-twin-repaired-bn",
 }

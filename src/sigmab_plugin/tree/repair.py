@@ -10,6 +10,7 @@ are needed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from ..channels import Slices
 from ..tuning.distributed import all_gather_rows, rank, world_size
@@ -95,25 +97,23 @@ def fit_layers(dense: nn.Module, own: nn.Module, slices: Slices, pair: Pair) -> 
         if 1 in slices.get(f"{name}.weight", {})
     }
     with torch.no_grad(), preserve_random_state():
-        outputs = []
-        for module, inputs, dense_pass in ((dense, pair.dense, True), (own, pair.own, False)):
-            torch.manual_seed(
-                0
-            )  # what a module draws, such as the first point of a sampling, is the same in both
-            with ExitStack() as hooks:
-                for name, fit in fits.items():
-                    layer = module.get_submodule(name)
-                    hook = (
-                        layer.register_forward_hook(fit.record)
-                        if dense_pass
-                        else layer.register_forward_pre_hook(fit.solve)
-                    )
-                    hooks.callback(hook.remove)
-                outputs.append(call(module, inputs))
+        record = [dense.get_submodule(name).register_forward_hook(fit.record) for name, fit in fits.items()]
+        wanted = _run(dense, pair.dense, record)
+        solve = [own.get_submodule(name).register_forward_pre_hook(fit.solve) for name, fit in fits.items()]
+        found = _run(own, pair.own, solve)
     left = [name for name, fit in fits.items() if not fit.done]
     if left:
         _log.info("not repaired, weights stay as copied: %s", ", ".join(left))
-    return Pair(*outputs)
+    return Pair(wanted, found)
+
+
+def _run(module: nn.Module, inputs: Any, hooks: Iterable[RemovableHandle]) -> Any:
+    """The module's outputs; ``hooks`` end with it. What it draws (a sampling's first point) is as in other runs."""
+    torch.manual_seed(0)
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.remove)
+        return call(module, inputs)
 
 
 class _Fit:
