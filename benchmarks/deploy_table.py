@@ -92,5 +92,5 @@ def _agreement(found: list[dict[str, Any]]) -> list[str]:
     return [
         f"\n{first['images']:,} real test images ({first['case']}, width {first['width']:g}), largest difference from "
         f"torch's hard routing where the leaf is the same: {names}. {100 * first['correct_torch']:.0f} % are "
-        "classified correctly, by a tree repaired and not trained."
+        f"classified correctly ({first['weights']})."
     ]
