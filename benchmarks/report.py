@@ -50,6 +50,8 @@ TITLES = {
     "twin-ours": "static twin + teacher, frozen backbone, inner channels by activation",
     "twin-equal-frozen-teacher": "static twin of the tree's active size + teacher, frozen backbone",
     "sigmab-branch-rate": "SigmaB, inner channels by activation, rates by level",
+    "sigmab-branch-rate-teacher": "SigmaB + teacher, rates by level",
+    "twin-double-rate-teacher": "static twin + teacher, twice the learning rate",
     "twin-double-rate": "static twin, twice the learning rate",
     "twin-equal": "static twin widened to SigmaB's active parameters",
     "pruned-magnitude": "Torch-Pruning, group magnitude",
@@ -72,6 +74,7 @@ TITLES = {
     "untrained-twin": "static twin, weights as copied",
     "untrained-twin-bn": "static twin, BatchNorm re-estimated",
     "untrained-pruned-bn": "Torch-Pruning, group magnitude, BatchNorm re-estimated",
+    "untrained-pruned-repaired": "Torch-Pruning, group magnitude, least-squares repair",
     "untrained-sigmab-repaired": "SigmaB, least-squares repair",
     "untrained-twin-repaired": "static twin, least-squares repair",
     "untrained-twin-equal-repaired": "static twin widened to SigmaB's active parameters, least-squares repair",
@@ -94,6 +97,7 @@ VARIATIONS = (
 ABLATIONS = {
     *VARIATIONS,
     "twin-double-rate",
+    "twin-double-rate-teacher",
     "sigmab-sharp-teacher",
     "sigmab-hard-teacher",
     "sigmab-sharp-lambda-0-teacher",
@@ -249,6 +253,11 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
         ("sigmab-teacher", "pruned-magnitude-teacher"),
         ("sigmab-teacher", "pruned-taylor-teacher"),
         *(("sigmab-branch-rate", a) for a in ("twin", "twin-equal", "pruned-magnitude", "pruned-taylor")),
+        *(
+            ("sigmab-branch-rate-teacher", arm)
+            for arm in ("twin-teacher", "twin-double-rate-teacher", "twin-equal-teacher")
+        ),
+        *(("sigmab-branch-rate-teacher", arm) for arm in ("pruned-magnitude-teacher", "sigmab-teacher")),
         ("sigmab", "twin-equal"),
         ("sigmab", "pruned-magnitude"),
         ("sigmab", "pruned-taylor"),
@@ -261,6 +270,7 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
         ("twin-repaired", "twin"),
         ("untrained-sigmab-repaired", "untrained-twin-repaired"),
         ("untrained-sigmab-repaired", "untrained-twin-equal-repaired"),
+        ("untrained-sigmab-repaired", "untrained-pruned-repaired"),
         ("untrained-sigmab-repaired", "untrained-pruned-bn"),
     )
     for tree, control in pairs:

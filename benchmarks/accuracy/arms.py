@@ -7,14 +7,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch_pruning as tp
 from torch import nn
 from torch.nn import functional as F
 
 from sigmab_plugin import SigmaBConfig, SigmaBPruner, static_twin
+from sigmab_plugin.channels import Slices
 from sigmab_plugin.counting import parameter_count
 from sigmab_plugin.data import Loader, Subset
+from sigmab_plugin.modes import evaluating
+from sigmab_plugin.tree.repair import Pair, fit_layers
 
 from .experiments import Experiment
 
@@ -67,7 +71,7 @@ def build_arm(
         net = wide_twin(dense, example, config, target=target, data=data)
     elif arm["kind"] == "torch_pruning":
         target = active_parameters(dense, example, config, data)
-        net = pruned(dense, example, arm["importance"], target=target, data=data)
+        net = pruned(dense, example, arm["importance"], config=config, target=target, data=data)
     else:
         raise ValueError(f"unknown kind of arm: {arm['kind']!r}")
     return net.to(memory_format=experiment.memory_format)  # type: ignore[call-overload,no-any-return]
@@ -114,14 +118,31 @@ def _scaled(widths: Any, factor: float) -> Any:
     return round(widths * factor)
 
 
-def pruned(dense: nn.Module, example: Any, importance: str, *, target: int, data: Loader) -> nn.Module:
-    """Torch-Pruning at the uniform ratio whose parameter count is nearest to ``target``."""
+def pruned(
+    dense: nn.Module, example: Any, importance: str, *, config: SigmaBConfig, target: int, data: Loader
+) -> nn.Module:
+    """Torch-Pruning at the uniform ratio whose parameter count is nearest to ``target``.
+
+    ``config`` says whether its layers are repaired as the tree's and the twin's are, on as many samples.
+    """
 
     def count(ratio: float) -> int:
-        return parameter_count(_prune(dense, example, "magnitude", ratio=ratio, data=data))
+        return parameter_count(_prune(dense, example, "magnitude", ratio=ratio, data=data)[0])
 
     ratio = _solve(count, target, low=0.0, high=0.95, rising=False)  # the count depends on the ratio alone
-    return _prune(dense, example, importance, ratio=ratio, data=data)
+    model, slices = _prune(dense, example, importance, ratio=ratio, data=data)
+    if config.repair != "none":
+        inputs = _first_samples(data, config.repair_samples)
+        with evaluating(dense, model):
+            fit_layers(dense, model, slices, Pair(inputs, inputs))
+    return model
+
+
+def _first_samples(data: Loader, count: int) -> Any:
+    """Inputs of the first ``count`` samples as one batch; the data are in random order already."""
+    part = Subset(data.dataset, np.arange(min(count, len(data.dataset))))
+    few = Loader(part, batch_size=count, augment=data.augment)
+    return next(iter(few))[0]
 
 
 def _solve(count: Callable[[float], int], target: int, *, low: float, high: float, rising: bool) -> float:
@@ -136,7 +157,10 @@ def _solve(count: Callable[[float], int], target: int, *, low: float, high: floa
     return best
 
 
-def _prune(dense: nn.Module, example: Any, importance: str, *, ratio: float, data: Loader) -> nn.Module:
+def _prune(
+    dense: nn.Module, example: Any, importance: str, *, ratio: float, data: Loader
+) -> tuple[nn.Module, Slices]:
+    """The pruned network, and what it keeps of each weight."""
     model = copy.deepcopy(dense)
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     makers: dict[str, Callable[[], Any]] = {
@@ -149,11 +173,29 @@ def _prune(dense: nn.Module, example: Any, importance: str, *, ratio: float, dat
     )
     if importance == "taylor":
         _backward(model, data)
-    pruner.step()
+    sizes = {name: module.weight.shape[:2] for name, module in _layers(model)}
+    names = {module: name for name, module in _layers(model)}
+    slices: Slices = {}
+    for group in pruner.step(interactive=True):
+        for dependency, lost in group:
+            name = names.get(dependency.target.module)
+            if name is not None:
+                dim = int(pruner.DG.is_in_channel_pruning_fn(dependency.handler))
+                kept = torch.ones(sizes[name][dim], dtype=torch.bool)
+                kept[list(lost)] = False
+                slices.setdefault(f"{name}.weight", {})[dim] = kept.nonzero().flatten()
+        group.prune()
     model.zero_grad(set_to_none=True)
     for module, kind in swapped:
         module.__class__ = kind
-    return model
+    return model, slices
+
+
+def _layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Linear layers and convolutions."""
+    return [
+        (name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))
+    ]
 
 
 def _pyg_linears_as_torch(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:

@@ -134,3 +134,38 @@ def test_a_page_without_markers_is_refused(report, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "docs/deployment.md"])
 def test_pages_state_what_the_result_files_hold(report, page: str) -> None:
     assert report.main(["--check", str(BENCHMARKS.parent / page)]) == 0
+
+
+def test_pruned_networks_are_repaired_from_what_they_keep() -> None:
+    """The slices name the dense network's own weights, and the repaired layers come nearer to its logits."""
+    import torch
+
+    from accuracy import arms
+    from sigmab_plugin import SigmaBConfig
+    from sigmab_plugin.counting import parameter_count
+    from sigmab_plugin.data import ArrayDataset, Loader
+    from sigmab_plugin.models import resnet
+
+    torch.manual_seed(0)
+    dense = resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=7, width=0.25, stem="cifar").eval()
+    images = torch.randn(300, 3, 8, 8).numpy()
+    data = Loader(
+        ArrayDataset(images, (images[:, 0, 0, 0] > 0).astype("int64"), ("a", "b"), "image"), batch_size=50
+    )
+    example = next(iter(data))[0]
+    target = parameter_count(dense) // 3
+    model, slices = arms._prune(dense, example, "magnitude", ratio=0.5, data=data)
+    weights = dict(dense.named_parameters())
+    for name, kept in slices.items():
+        expected = weights[name]
+        for dim, index in kept.items():
+            expected = expected.index_select(dim, index)
+        torch.testing.assert_close(model.get_parameter(name), expected, rtol=0, atol=0)
+    errors = {}
+    for repair in ("none", "least_squares"):
+        config = SigmaBConfig(repair=repair, repair_samples=256)
+        net = arms.pruned(dense, example, "magnitude", config=config, target=target, data=data).eval()
+        assert parameter_count(net) == pytest.approx(target, rel=0.05)
+        with torch.no_grad():
+            errors[repair] = float((net(example) - dense(example)).square().mean())
+    assert errors["least_squares"] < 0.5 * errors["none"]
