@@ -173,18 +173,23 @@ def _prune(
     )
     if importance == "taylor":
         _backward(model, data)
-    sizes = {name: module.weight.shape[:2] for name, module in _layers(model)}
     names = {module: name for name, module in _layers(model)}
-    slices: Slices = {}
+    kept = {
+        (name, dim): torch.ones(layer.weight.shape[dim], dtype=torch.bool)
+        for name, layer in _layers(model)
+        for dim in (0, 1)
+    }
     for group in pruner.step(interactive=True):
         for dependency, lost in group:
             name = names.get(dependency.target.module)
             if name is not None:
                 dim = int(pruner.DG.is_in_channel_pruning_fn(dependency.handler))
-                kept = torch.ones(sizes[name][dim], dtype=torch.bool)
-                kept[list(lost)] = False
-                slices.setdefault(f"{name}.weight", {})[dim] = kept.nonzero().flatten()
+                kept[name, dim][list(lost)] = False
         group.prune()
+    slices: Slices = {}
+    for (name, dim), mask in kept.items():
+        if not bool(mask.all()):
+            slices.setdefault(f"{name}.weight", {})[dim] = mask.nonzero().flatten()
     model.zero_grad(set_to_none=True)
     for module, kind in swapped:
         module.__class__ = kind
