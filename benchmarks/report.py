@@ -5,8 +5,8 @@
     python benchmarks/report.py --check README.md  # fail if a table there differs from the results
 
 Markers: ``<!-- results: NAME -->`` … ``<!-- end results -->`` hold everything about one experiment, NAME being a folder
-of ``benchmarks/results``, ``speed`` or ``deploy``; ``<!-- results:begin -->`` … ``<!-- results:end -->`` hold all
-short tables.
+of ``benchmarks/results``, ``cost``, ``speed`` or ``deploy``; ``<!-- results:begin -->`` … ``<!-- results:end -->`` hold
+all short tables.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from cost_table import cost_table  # noqa: E402
 from deploy_table import deploy_table  # noqa: E402
 from speed_table import speed_table  # noqa: E402
 
 RESULTS = HERE / "results"
-OTHER_TABLES = {"speed": speed_table, "deploy": deploy_table}
+OTHER_TABLES = {"cost": cost_table, "speed": speed_table, "deploy": deploy_table}
 FORMAT = 1
 Result = dict[str, Any]
 

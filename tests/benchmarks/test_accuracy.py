@@ -169,3 +169,22 @@ def test_pruned_networks_are_repaired_from_what_they_keep() -> None:
         with torch.no_grad():
             errors[repair] = float((net(example) - dense(example)).square().mean())
     assert errors["least_squares"] < 0.5 * errors["none"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
+def test_cost_of_every_network(report, tmp_path: Path) -> None:
+    import cost
+
+    assert cost.main(["digits", "--results", str(tmp_path), "--steps", "2"]) == 0
+    record = json.loads((tmp_path / "cost-digits.json").read_text())
+    rows = {row["network"]: row for row in record["rows"]}
+    assert rows.keys() == cost.NETWORKS.keys()
+    for name in ("dense", "SigmaB", "static twin", "Torch-Pruning, group magnitude"):
+        assert rows[name]["step_milliseconds"] > 0
+    for name in ("SigmaB", "static twin"):
+        plain, repaired = rows[name], rows[f"{name}, repaired"]
+        assert 0 < plain["making_seconds"] < repaired["making_seconds"]
+        assert 0 < plain["making_mib"] < repaired["making_mib"]
+    text = report.details(tmp_path / "cost")
+    assert f"| static twin | {rows['static twin']['making_seconds']:.1f} |" in text
