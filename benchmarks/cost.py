@@ -3,11 +3,12 @@
     python benchmarks/cost.py cifar100 --data FOLDER
     python benchmarks/cost.py modelnet40 --data FOLDER
 
-Networks, calibration samples and training are those of ``recipes/EXPERIMENT-cpu.json``, without a teacher; weights are
-untrained, which changes neither figure. Times are CPU seconds of one thread, so that a busy machine disturbs little,
-data loading left out. Memory is the peak above what the process held once the data and the dense network were there.
-Time and memory are taken in processes of their own: time with an allocator that keeps its memory, memory with one that
-gives large blocks back at once (MALLOC_MMAP_THRESHOLD_, glibc). Linux only.
+Networks, calibration samples and training are those of ``recipes/EXPERIMENT-cpu.json``, without a teacher and from
+untrained weights. Times are CPU seconds of one thread, one run each: a busy machine disturbs them less than wall time.
+Making a network includes reading the calibration samples; training steps take batches that are ready. Memory is the
+peak above what the process held with the data and before any network. Time and memory are taken in processes of their
+own: time with an allocator that keeps its memory, memory with one that gives large blocks back at once
+(MALLOC_MMAP_THRESHOLD_, glibc). Linux only.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from accuracy.arms import build_arm  # noqa: E402
 from accuracy.experiments import open_experiment  # noqa: E402
 from sigmab_plugin import finetune  # noqa: E402
 from sigmab_plugin.report.provenance import provenance  # noqa: E402
+from sigmab_plugin.tree.segments import call  # noqa: E402
 from sigmab_plugin.tuning import TrainRecipe  # noqa: E402
 
-REPAIRED = {"repair": "least_squares", "repair_samples": 4096}
+REPAIRED: dict[str, Any] = {"repair": "least_squares", "repair_samples": 4096}
 #: What is measured; how long Torch-Pruning's network takes to make says nothing, since its ratio is searched for.
 NETWORKS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -50,11 +52,13 @@ WARMUP = 3
 
 
 class Meter:
-    """CPU seconds and peak memory, in MiB, of a ``with`` block."""
+    """CPU seconds of a ``with`` block, and its peak memory in MiB above ``held`` (KiB)."""
+
+    def __init__(self, held: int) -> None:
+        self._held = held
 
     def __enter__(self) -> Meter:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        self._held = _status("VmRSS")
         self._started = time.process_time()
         return self
 
@@ -78,19 +82,28 @@ def probe(options: argparse.Namespace) -> dict[str, float]:
     batches = list(
         islice(experiment.train_loader(batch_size=training.batch_size, seed=0), options.steps + WARMUP)
     )
+    example = experiment.example(2)
+    call(experiment.model(0).eval(), example)  # kernels and their buffers are there from now on
+    held = _status("VmRSS")
     net = dense = experiment.model(0)
     settings = NETWORKS[options.probe]
-    found: dict[str, float] = {"steps_per_epoch": len(experiment.train) // training.batch_size}
-    with Meter() as making:
+    samples = min(recipe["calibration"]["samples"], len(experiment.train))
+    found: dict[str, float] = {
+        "steps_per_epoch": len(experiment.train) // training.batch_size,
+        "calibration_samples": samples,
+        "repair_samples": min(REPAIRED["repair_samples"], samples),
+    }
+    with Meter(held) as making:
         if settings:
             net = build_arm(experiment, recipe, settings, dense, seed=0)
+    del dense
     if settings and settings["kind"] != "torch_pruning":
         found |= {"making_seconds": round(making.seconds, 2), "making_mib": round(making.mib)}
     if "config" not in settings:  # a repaired network has the same layers
         finetune(net, batches[:WARMUP], epochs=1, recipe=training, progress=False)
-        with Meter() as steps:
+        with Meter(held) as steps:
             finetune(net, batches[WARMUP:], epochs=1, recipe=training, progress=False)
-        milliseconds = 1e3 * steps.seconds / options.steps
+        milliseconds = 1e3 * steps.seconds / len(batches[WARMUP:])
         found |= {"step_milliseconds": round(milliseconds, 1), "step_mib": round(steps.mib)}
     return found
 
@@ -141,8 +154,6 @@ def main(argv: list[str] | None = None) -> int:
     record = {
         "experiment": options.experiment,
         "note": recipe["note"],
-        "calibration_samples": recipe["calibration"]["samples"],
-        "repair_samples": REPAIRED["repair_samples"],
         "batch_size": recipe["finetune"]["batch_size"],
         "steps": options.steps,
         "rows": measure(options, arguments),

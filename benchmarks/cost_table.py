@@ -19,7 +19,10 @@ COLUMNS = (
 
 def cost_table(results: Path) -> str:
     """Markdown: one table for each experiment."""
-    parts = [_table(json.loads(file.read_text())) for file in sorted(results.glob("cost-*.json"))]
+    files = sorted(results.glob("cost-*.json"))
+    if not files:
+        raise SystemExit(f"{results}: no cost-*.json; run benchmarks/cost.py first")
+    parts = [_table(json.loads(file.read_text())) for file in files]
     return "\n\n".join(parts) + "\n"
 
 
@@ -42,11 +45,11 @@ def _table(record: dict[str, Any]) -> str:
             step = row["step_milliseconds"]
             cells[4:] = [f"{step:.0f}", f"{step / dense:.2f}", f"{row['step_mib']:.0f} MiB"]
         lines.append("| " + " | ".join(cells) + " |")
-    source = record["provenance"]
+    first, source = rows[0], record["provenance"]
     lines += [
         "",
-        f"{record['calibration_samples']} calibration samples, {record['repair_samples']} of them for repair; training "
-        f"steps of {record['batch_size']} samples, {record['steps']} measured, one thread. {source['machine']}; torch "
-        f"{source['torch']}, torch-pruning {source['torch-pruning']}.",
+        f"{first['calibration_samples']} calibration samples, {first['repair_samples']} of them for repair; training "
+        f"steps of {record['batch_size']} samples, {record['steps']} measured; one thread, one run. "
+        f"{source['machine']}; torch {source['torch']}, torch-pruning {source['torch-pruning']}.",
     ]
     return "\n".join(lines)

@@ -180,10 +180,15 @@ def _prune(
         for dim in (0, 1)
     }
     for group in pruner.step(interactive=True):
+        before = {key: mask.clone() for key, mask in kept.items()}
         for dependency, lost in group:
             name = names.get(dependency.target.module)
             if name is not None:
                 dim = int(pruner.DG.is_in_channel_pruning_fn(dependency.handler))
+                if not bool(before[name, dim].all()):
+                    raise NotImplementedError(
+                        f"{name}: two groups cut dimension {dim}, whose indices have moved"
+                    )
                 kept[name, dim][list(lost)] = False
         group.prune()
     slices: Slices = {}

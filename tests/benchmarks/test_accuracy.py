@@ -156,6 +156,9 @@ def test_pruned_networks_are_repaired_from_what_they_keep() -> None:
     target = parameter_count(dense) // 3
     model, slices = arms._prune(dense, example, "magnitude", ratio=0.5, data=data)
     weights = dict(dense.named_parameters())
+    assert slices.keys() == {
+        name for name, p in model.named_parameters() if p.ndim > 1 and p.shape != weights[name].shape
+    }
     for name, kept in slices.items():
         expected = weights[name]
         for dim, index in kept.items():
