@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sigmab_plugin.errors import ConfigError, FormatError, TrainingError
 from sigmab_plugin.tuning import TrainRecipe, evaluate, finetune, load_weights
+from sigmab_plugin.tuning.recipe import as_recipe
 
 from .nets import CLASSES, QUICK, dense, loader, same, samples, state, tree
 
@@ -338,9 +339,8 @@ def test_progress_with_every_library(
 
 class TestBadInput:
     def test_recipe(self) -> None:
-        with pytest.raises(
-            ConfigError, match="unknown recipe 'imagnet'; known: cifar100, imagenet, modelnet40"
-        ):
+        known = "cifar100, default, imagenet, modelnet40"
+        with pytest.raises(ConfigError, match=f"unknown recipe 'imagnet'; known: {known}"):
             finetune(tree(), loader(), recipe="imagnet")
 
     @pytest.mark.parametrize("epochs", [0, -3])
@@ -495,6 +495,18 @@ def test_published_recipes() -> None:
     assert (points.batch_size, points.label_smoothing, points.warmup_epochs) == (32, 0.0, 0.0)
     for recipe in (imagenet, cifar, points):
         assert TrainRecipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_the_default_recipe_is_the_papers_with_rates_by_level() -> None:
+    """What a call without ``recipe`` does is what ``"default"`` does, and not what ``"imagenet"`` does."""
+    weights = []
+    for options in ({}, {"recipe": "default"}, {"recipe": "imagenet"}):
+        net = tree()
+        finetune(net, loader(), epochs=1, progress=False, **options)
+        weights.append(state(net))
+    assert same(weights[0], weights[1])
+    assert not same(weights[0], weights[2])
+    assert as_recipe("default").replace(branch_lr_factor=1.0) == as_recipe("imagenet")
 
 
 def test_workers_see_the_same_data() -> None:

@@ -37,9 +37,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     group = parser.add_argument_group("training")
     group.add_argument(
         "--recipe",
-        default="imagenet",
+        default="default",
         metavar="NAME|FILE.json",
-        help="imagenet (default), cifar100, modelnet40, or a JSON file of the recipe's fields",
+        help="default (imagenet, and rates by level for the tree), imagenet, cifar100, modelnet40, or a JSON file of "
+        "the recipe's fields",
     )
     group.add_argument("--epochs", type=positive, metavar="N", help="epochs (default: the recipe's)")
     group.add_argument("--lr", type=float, metavar="X", help="peak learning rate (default: the recipe's)")
@@ -152,7 +153,7 @@ def train(args: argparse.Namespace, device: Any) -> None:
 
 def read_recipe(args: argparse.Namespace) -> TrainRecipe:
     """``--recipe`` with what ``--lr`` and ``--distill`` replace."""
-    from ..tuning import TrainRecipe
+    from ..tuning.recipe import TrainRecipe, as_recipe
 
     if args.recipe.endswith(".json"):
         content = read_json(args.recipe)
@@ -160,7 +161,7 @@ def read_recipe(args: argparse.Namespace) -> TrainRecipe:
             raise ConfigError(f'{args.recipe}: a recipe is a JSON object, for example {{"lr": 0.05}}')
         recipe = TrainRecipe.from_dict(content)
     else:
-        recipe = TrainRecipe.published(args.recipe)
+        recipe = as_recipe(args.recipe)
     changes = {"lr": args.lr, "distillation_weight": args.distill}
     return recipe.replace(**{key: value for key, value in changes.items() if value is not None})
 

@@ -24,7 +24,7 @@ from .history import EpochRecord, History, best_epoch
 from .objective import Objective, leaf_names
 from .optimizer import build_optimizer
 from .progress import Progress
-from .recipe import TrainRecipe, as_recipe
+from .recipe import DEFAULT, TrainRecipe, as_recipe
 from .schedule import learning_rate, router_temperature
 from .scopes import backbone_of, frozen, left_as_found, synchronised
 from .seeding import preserve_random_state, seed_epoch
@@ -40,7 +40,7 @@ def finetune(
     train_loader: Any,
     *,
     epochs: int | None = None,
-    recipe: str | TrainRecipe = "imagenet",
+    recipe: str | TrainRecipe = DEFAULT,
     val_loader: Any = None,
     teacher: nn.Module | None = None,
     device: torch.device | str | None = None,
@@ -63,7 +63,8 @@ def finetune(
         train_loader: has a length and can be read again; yields (inputs, targets) or torch-geometric batches
             with ``y``. Data order is a function of (seed, epoch), see :func:`.seeding.seed_epoch`.
         epochs: total number, those of an earlier, resumed call included; by default the recipe's.
-        recipe: ``"imagenet"``, ``"cifar100"``, ``"modelnet40"`` or a :class:`TrainRecipe`.
+        recipe: ``"default"``, a published one (``"imagenet"``, ``"cifar100"``, ``"modelnet40"``) or a
+            :class:`TrainRecipe`.
         val_loader: evaluated after each epoch, trees in hard routing; decides which epoch is best.
         teacher: dense network whose logits are distilled into every leaf, with the recipe's weight, or 1
             where the recipe has none. Moved to ``device`` for the run and put back.
