@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sigmab_plugin.cli import build_parser
+from sigmab_plugin.cli.finetune import read_recipe
 from sigmab_plugin.cli.options import build_model, load_weights, read_sections
 from sigmab_plugin.errors import ConfigError, FormatError, ModelError
+from sigmab_plugin.tuning.recipe import as_recipe
 
 
 def net() -> nn.Module:
@@ -98,3 +101,17 @@ def test_one_section_in_three_forms(content: str, tmp_path: Path) -> None:
     sections, info = read_sections(path)
     assert sections == [{"algorithm": "sigmab", "head": "fc"}]
     assert info == ({"sample_size": [1, 3, 8, 8]} if "input_info" in content else None)
+
+
+def test_recipes_of_finetune(tmp_path: Path) -> None:
+    """Without --recipe it is the library's default; a file's missing fields are the paper's."""
+    (tmp_path / "own.json").write_text('{"momentum": 0.5}')
+
+    def recipe(*options: str):
+        required = ["finetune", "tree", "--data", "digits", "--out", "tuned"]
+        return read_recipe(build_parser().parse_args([*required, *options]))
+
+    assert recipe() == as_recipe("default")
+    assert recipe("--recipe", "cifar100", "--lr", "0.5") == as_recipe("cifar100").replace(lr=0.5)
+    own = recipe("--recipe", str(tmp_path / "own.json"), "--distill", "2")
+    assert own == as_recipe("imagenet").replace(momentum=0.5, distillation_weight=2.0)
