@@ -254,11 +254,11 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
         ("sigmab-teacher", "pruned-magnitude-teacher"),
         ("sigmab-teacher", "pruned-taylor-teacher"),
         *(("sigmab-branch-rate", a) for a in ("twin", "twin-equal", "pruned-magnitude", "pruned-taylor")),
-        *(
-            ("sigmab-branch-rate-teacher", arm)
-            for arm in ("twin-teacher", "twin-double-rate-teacher", "twin-equal-teacher")
-        ),
-        *(("sigmab-branch-rate-teacher", arm) for arm in ("pruned-magnitude-teacher", "sigmab-teacher")),
+        ("sigmab-branch-rate-teacher", "twin-teacher"),
+        ("sigmab-branch-rate-teacher", "twin-double-rate-teacher"),
+        ("sigmab-branch-rate-teacher", "twin-equal-teacher"),
+        ("sigmab-branch-rate-teacher", "pruned-magnitude-teacher"),
+        ("sigmab-branch-rate-teacher", "sigmab-teacher"),
         ("sigmab", "twin-equal"),
         ("sigmab", "pruned-magnitude"),
         ("sigmab", "pruned-taylor"),
