@@ -49,7 +49,8 @@ def _table(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"{first['calibration_samples']} calibration samples, {first['repair_samples']} of them for repair; training "
-        f"steps of {record['batch_size']} samples, {record['steps']} measured; one thread, one run. "
+        f"steps of {record['batch_size']} samples, {record['steps']} measured; one thread, "
+        f"the least of {record['repeats']} runs. "
         f"{source['machine']}; torch {source['torch']}, torch-pruning {source['torch-pruning']}.",
     ]
     return "\n".join(lines)

@@ -53,6 +53,10 @@ TITLES = {
     "sigmab-branch-rate": "SigmaB, inner channels by activation, rates by level",
     "sigmab-branch-rate-teacher": "SigmaB + teacher, rates by level",
     "twin-double-rate-teacher": "static twin + teacher, twice the learning rate",
+    "sigmab-branch-rate-teacher-30": "SigmaB + teacher, rates by level, 30 epochs",
+    "twin-teacher-30": "static twin + teacher, 30 epochs",
+    "twin-equal-teacher-30": "static twin widened to SigmaB's active parameters + teacher, 30 epochs",
+    "pruned-magnitude-teacher-30": "Torch-Pruning, group magnitude + teacher, 30 epochs",
     "twin-double-rate": "static twin, twice the learning rate",
     "twin-equal": "static twin widened to SigmaB's active parameters",
     "pruned-magnitude": "Torch-Pruning, group magnitude",
@@ -259,6 +263,10 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
         ("sigmab-branch-rate-teacher", "twin-equal-teacher"),
         ("sigmab-branch-rate-teacher", "pruned-magnitude-teacher"),
         ("sigmab-branch-rate-teacher", "sigmab-teacher"),
+        *(
+            ("sigmab-branch-rate-teacher-30", f"{control}-teacher-30")
+            for control in ("twin", "twin-equal", "pruned-magnitude")
+        ),
         ("sigmab", "twin-equal"),
         ("sigmab", "pruned-magnitude"),
         ("sigmab", "pruned-taylor"),
