@@ -88,6 +88,28 @@ class Tied(MLP):
         self.d = nn.Linear(24, 5)
 
 
+class Add(nn.Linear):
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) + bias
+
+
+class Broadcast(Skip):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = Add(10, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.d(self.c(self.b(self.a(x), x.mean(0, keepdim=True))))
+
+
+class TiedInside(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
+        self.c[2].weight = self.c[0].weight
+        self.d = nn.Linear(24, 5)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "error", "message"),
     [
@@ -102,8 +124,10 @@ class Tied(MLP):
         (Skip, {}, ModelError, r"'c' is no single frontier: the output of 'a' also crosses the cut"),
         (Twice, {}, ConfigError, "'b' is called 2 times"),
         (Branching, {}, ModelError, "cannot be traced"),
+        (Broadcast, {}, ModelError, r"value 1 .* shape \(1, 10\) beside features of shape \(12, 10\)"),
         (Lazy, {}, ModelError, "not initialised yet"),
-        (Tied, {}, ModelError, "is tied to"),
+        (Tied, {}, ModelError, "is tied to .* across a cut"),
+        (TiedInside, {}, ModelError, "'c.0.weight' is tied to 'c.2.weight', .* Untie"),
         (MLP, {"widths": {"b": 25}}, ConfigError, "25 channels asked of 'b.2', which has 24"),
         (MLP, {"widths": {"q": 3}}, ConfigError, "neither a level"),
         (MLP, {"widths": {"b": {"a.0": 3}}}, ConfigError, "no group of channels belongs to a layer 'a.0'"),
@@ -141,6 +165,7 @@ NAN = torch.full((4, 10), float("nan"))
         ([torch.ones(8, 10)], "same latent direction"),
         ([torch.randn(4, 10), NAN], "batch 1 holds NaN"),
         ([torch.randn(4, 11)], "dimension 1 differs"),
+        ([torch.randn(4, 10).double()], "a float64 tensor.*example_inputs a float32 tensor.*convert"),
         ([torch.randn(4, 10, 2)], r"float32 tensor of shape \(4, 10, 2\); expected"),
         ([(torch.randn(8, 10), torch.zeros(8, dtype=torch.long))], "all calibration samples have target 0"),
         ([torch.empty(4, 10, device="meta")], "on meta"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sigmab_plugin import SigmaBNet, SigmaBPruner, static_twin
+from sigmab_plugin import SigmaBNet, SigmaBPruner, load, save, static_twin
 from sigmab_plugin.errors import ConfigError
 from sigmab_plugin.tree.segments import call
 
@@ -98,6 +99,21 @@ def test_bf16_autocast(net: SigmaBNet, x: torch.Tensor) -> None:
         loss = trained.loss(x, torch.arange(len(x)) % 5)
     loss.backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trained.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("repair", ["none", "least_squares"])
+def test_a_network_of_another_dtype_keeps_it(dtype: torch.dtype, repair: str, tmp_path: Path) -> None:
+    batches = [batch.to(dtype) for batch in RESNET.batches()]
+    config = RESNET.config.replace(repair=repair)
+    model = RESNET.model().to(dtype)
+    net = SigmaBPruner(model, batches[0], config=config, calibration_data=batches).step().eval()
+    assert {parameter.dtype for parameter in net.parameters()} == {dtype}
+    save(net, tmp_path)
+    again = load(tmp_path, RESNET.model().to(dtype))
+    assert torch.equal(again(batches[0]), net(batches[0]))
+    net.train()(batches[0]).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.routers.parameters())
 
 
 def test_channels_last(net: SigmaBNet, x: torch.Tensor) -> None:

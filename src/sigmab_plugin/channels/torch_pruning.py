@@ -372,3 +372,22 @@ def check_not_shared(tail: Sequence[nn.Module]) -> None:
                     f"parameter {first[1]!r} is tied to {name!r} across a cut: a branch would untie them. "
                     "Cut elsewhere, or untie the weights first."
                 )
+
+
+def check_not_tied(groups: Sequence[ChannelGroup], tail: Sequence[nn.Module]) -> None:
+    """Raise ModelError where channels can be split of a weight that two layers of a segment hold."""
+    shared: dict[tuple[int, str], list[str]] = {}
+    for number, segment in enumerate(tail):
+        holders: dict[int, list[str]] = {}
+        for prefix, module in segment.named_modules():
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                holders.setdefault(id(parameter), []).append(name)
+        shared |= {(number, name): names for names in holders.values() if len(names) > 1 for name in names}
+    for group in groups:
+        for member in group.members:
+            if group.prunable and (member.segment, member.tensor) in shared:
+                first, second = shared[member.segment, member.tensor][:2]
+                raise ModelError(
+                    f"parameter {first!r} is tied to {second!r}, and the channels of {group.name!r} cannot be split "
+                    "for one of them alone. Untie the weights first: give each layer a copy."
+                )

@@ -23,7 +23,7 @@ from .net import Router, SigmaBNet
 from .plan import BranchPlan, Plan, SplitPlan, child, paths_at, prefixes
 from .prepare import Prepared, channel_means
 from .repair import Pair, fit_layers, sample_pairs
-from .segments import Segments, call
+from .segments import call
 from .statistics import collect_level
 
 _log = logging.getLogger(__name__)
@@ -100,9 +100,8 @@ class Builder:
     def _level(self, level: int, progress: Callable[[str, int], None] | None) -> Iterator[Allocation]:
         prepared = self.prepared
         paths = paths_at(level)
-        device = _device_of(prepared.example, prepared.segments)
         for path in paths:
-            self.routers[path] = self._new_router(path, device)
+            self.routers[path] = self._new_router(path)
         name = prepared.segments.names[level]
         planes = [g for g in prepared.owned(level) if not g.is_output()]
         by_activation = self.config.inner_selection == "activation"
@@ -157,7 +156,7 @@ class Builder:
             prepared.segments.tail[segment], own, prepared.slices(segment, self._kept(path)), pair
         )
 
-    def _new_router(self, path: str, device: torch.device) -> Router:
+    def _new_router(self, path: str) -> Router:
         prepared, config = self.prepared, self.config
         plan = Plan(config, (), prepared.features, prepared.groups, (), self.branches, {})
         with torch.random.fork_rng(devices=[]):
@@ -168,7 +167,7 @@ class Builder:
                 dropout=config.projection_dropout,
                 temperature=config.router_temperature,
             )
-        return router.eval().to(device)
+        return router.eval().to(prepared.segments.reference)
 
     def _descend(self, level: int) -> Callable[[Any], Iterator[tuple[int, torch.Tensor, Any]]]:
         """Route the backbone's output through the levels built so far, to the nodes at ``level``."""
@@ -223,7 +222,7 @@ class Builder:
             router.linear.weight.copy_(result.centroids)
             router.linear.bias.copy_(torch.tensor([-result.threshold, 0.0]))
             self._objective[path] = result.objective
-            choice = router.linear(own.to(router.linear.weight.device)).argmax(dim=1).cpu()
+            choice = router.linear(own.to(router.linear.weight)).argmax(dim=1).cpu()
             label[rows] = 2 * number + choice
         return label
 
@@ -329,13 +328,6 @@ def _rounded(values: torch.Tensor) -> tuple[float, ...]:
 def _random_like(values: torch.Tensor, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(values.shape, generator=generator)
-
-
-def _device_of(example: Any, segments: Segments) -> torch.device:
-    for module in (segments.backbone, *segments.tail):
-        for tensor in (*module.parameters(), *module.buffers()):
-            return tensor.device
-    return torch.device("cpu")
 
 
 def restructure(

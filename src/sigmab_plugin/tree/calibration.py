@@ -39,8 +39,8 @@ class Calibration:
         """Inputs of each batch, one pass over the data.
 
         Raises:
-            CalibrationError: empty; a batch of another structure, shape or device than the example;
-                NaN; all targets of one class.
+            CalibrationError: empty; a batch of another structure, shape, dtype or device than the
+                example; NaN; all targets of one class.
         """
         count = 0
         classes: set[int] = set()
@@ -83,6 +83,11 @@ class Calibration:
                 raise CalibrationError(
                     f"calibration batch {number} is on {value.device}, example_inputs on {like.device}: "
                     "move one of them"
+                )
+            if value.is_floating_point() and value.dtype != like.dtype:
+                raise CalibrationError(
+                    f"calibration batch {number} is {_describe(value)}, example_inputs {_describe(like)}: "
+                    "convert one of them"
                 )
             if value.ndim >= 2 and value.shape[1] != like.shape[1]:
                 raise CalibrationError(

@@ -180,7 +180,7 @@ def assemble(plan: Plan, dense_model: nn.Module | Sequence[nn.Module]) -> SigmaB
                 config.projection_dim,
                 dropout=config.projection_dropout,
                 temperature=config.router_temperature,
-            )
+            ).to(segments.reference.dtype)
             for path in plan.inner_nodes
         },
         specializers={

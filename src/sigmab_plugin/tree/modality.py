@@ -158,13 +158,20 @@ def detect(frontier: Any, modules: Iterable[nn.Module]) -> Modality:
     """The modality of one frontier; ``modules`` (what reads it) settle what shapes alone cannot.
 
     Raises:
-        ModelError: the frontier has no feature tensor of a known form.
+        ModelError: the frontier has no feature tensor of a known form, or a tensor without one row per sample.
     """
     if isinstance(frontier, (tuple, list)) and _is_point_cloud(frontier):
         return Points()
     x = features(frontier)
     if not torch.is_tensor(x) or not x.is_floating_point():
         raise ModelError(f"the first value that crosses the cut must hold features; it is {_describe(x)}")
+    for number, value in enumerate(frontier if isinstance(frontier, (tuple, list)) else ()):
+        if torch.is_tensor(value) and (value.ndim == 0 or len(value) != len(x)):
+            raise ModelError(
+                f"value {number} that crosses the cut has shape {tuple(value.shape)} beside features of shape "
+                f"{tuple(x.shape)}, so it cannot be divided among branches: expand it to the batch before the cut, or "
+                "compute it behind the cut"
+            )
     convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in modules)
     if x.ndim == 2:
         return Vectors()

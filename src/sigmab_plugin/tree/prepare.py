@@ -13,7 +13,7 @@ from torch import nn
 from ..channels import ChannelGroup, Slices, slice_module, slices_of
 from ..channels.probe import Prober
 from ..channels.slicing import named_tensors
-from ..channels.torch_pruning import check_not_shared, collect_groups
+from ..channels.torch_pruning import check_not_shared, check_not_tied, collect_groups
 from ..config import SigmaBConfig
 from ..errors import ModelError
 from ..modes import evaluating
@@ -121,6 +121,7 @@ def prepare(
         unwrapped_parameters=unwrapped_parameters,
         root_module_types=root_module_types,
     )
+    check_not_tied(collected.groups, pieces.tail)
     shapes = tuple({name: tuple(t.shape) for name, t in named_tensors(m).items()} for m in modules)
     tensors = {(i, name): t for i, m in enumerate(pieces.tail) for name, t in named_tensors(m).items()}
     scores = {g.name: collected.scores.get(g.name, None) for g in collected.groups if g.prunable}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ..errors import ConfigError, ModelError
@@ -36,6 +37,15 @@ class Segments:
     @property
     def tail(self) -> tuple[nn.Module, ...]:
         return (*self.levels, self.head)
+
+    @property
+    def reference(self) -> torch.Tensor:
+        """A tensor with the device and the dtype of the model's floating-point weights."""
+        for module in (self.backbone, *self.tail):
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    return tensor
+        return torch.empty(0)
 
 
 def call(module: Callable[..., Any], values: Any) -> Any:
