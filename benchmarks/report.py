@@ -53,6 +53,8 @@ TITLES = {
     "sigmab-branch-rate": "SigmaB, inner channels by activation, rates by level",
     "sigmab-branch-rate-teacher": "SigmaB + teacher, rates by level",
     "twin-double-rate-teacher": "static twin + teacher, twice the learning rate",
+    "sigmab-branch-decay-teacher": "SigmaB + teacher, rates and weight decay by level",
+    "twin-low-decay-teacher": "static twin + teacher, a quarter of the weight decay",
     "sigmab-branch-rate-teacher-30": "SigmaB + teacher, rates by level, 30 epochs",
     "twin-teacher-30": "static twin + teacher, 30 epochs",
     "twin-equal-teacher-30": "static twin widened to SigmaB's active parameters + teacher, 30 epochs",
@@ -263,6 +265,10 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
         ("sigmab-branch-rate-teacher", "twin-equal-teacher"),
         ("sigmab-branch-rate-teacher", "pruned-magnitude-teacher"),
         ("sigmab-branch-rate-teacher", "sigmab-teacher"),
+        *(
+            ("sigmab-branch-decay-teacher", f"{control}-teacher")
+            for control in ("twin", "twin-low-decay", "twin-equal", "pruned-magnitude", "sigmab-branch-rate")
+        ),
         *(
             ("sigmab-branch-rate-teacher-30", f"{control}-teacher-30")
             for control in ("twin", "twin-equal", "pruned-magnitude")

@@ -279,6 +279,34 @@ def test_branches_learn_at_the_rate_of_their_level() -> None:
             torch.testing.assert_close(moved[1][name], expected[part] * once, rtol=1e-3, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize(("factor", "leaf"), [(1.0, 4.0), (0.5, 1.0)])
+def test_branches_decay_by_their_level(factor: float, leaf: float) -> None:
+    """What a step takes off the weights: a leaf's four times the rate, times its share of the decay."""
+    images, targets = samples(16)
+    after = []
+    for decay in (0.0, 0.1):
+        net = tree()
+        before = state(net)
+        recipe = QUICK.replace(
+            branch_lr_factor=2.0,
+            branch_weight_decay_factor=factor,
+            weight_decay=decay,
+            warmup_epochs=0.0,
+            momentum=0.0,
+            nesterov=False,
+            schedule="constant",
+        )
+        finetune(net, [(images, targets)], epochs=1, recipe=recipe, progress=False)
+        after.append(state(net))
+    for part, times in (("backbone", 1.0), ("routers", 1.0), ("heads.0_1", leaf)):
+        for name in before:
+            if name.startswith(part) and name.endswith("weight"):
+                expected = times * QUICK.lr * 0.1 * before[name]
+                torch.testing.assert_close(
+                    after[0][name] - after[1][name], expected, rtol=1e-2, atol=1e-5, msg=name
+                )
+
+
 def test_balance_weight_brings_back_starved_leaves() -> None:
     balances = {}
     for weight in (0.0, 5.0):

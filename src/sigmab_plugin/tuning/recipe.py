@@ -57,6 +57,12 @@ class TrainRecipe(TechniqueConfig):
         "gradients that are weighted with the branch's share of the samples",
         exclusiveMinimum=0.0,
     )
+    branch_weight_decay_factor: float = option(
+        1.0,
+        "a branch at level n has weight_decay times this to the power n (trees only); with sgd and a branch_lr_factor "
+        "of 2, 0.5 keeps the decay of a step as it is",
+        minimum=0.0,
+    )
     balance_weight: float = option(
         0.0, "weight of the term that draws the leaves towards equal shares (trees only)", minimum=0.0
     )
