@@ -213,6 +213,11 @@ def _at_least_two(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
                 f"example inputs must be tensors to be exported; got {type(value).__name__}: "
                 "pass the positional tensors that the backbone takes"
             )
+        if value.dtype == torch.bfloat16:
+            raise ModelError(
+                "example inputs are bfloat16, which the runner's NumPy arrays cannot hold: call .float() on the "
+                "network and on them"
+            )
         if value.ndim == 0 or value.shape[0] == 0:
             raise ModelError(f"an example input has no samples: its shape is {tuple(value.shape)}")
     if inputs[0].shape[0] >= 2 or len({v.shape[0] for v in inputs}) > 1:
