@@ -534,7 +534,8 @@ def test_the_default_recipe_is_the_papers_with_rates_by_level() -> None:
         weights.append(state(net))
     assert same(weights[0], weights[1])
     assert not same(weights[0], weights[2])
-    assert as_recipe("default").replace(branch_lr_factor=1.0) == as_recipe("imagenet")
+    plain = as_recipe("default").replace(branch_lr_factor=1.0, branch_weight_decay_factor=1.0)
+    assert plain == as_recipe("imagenet")
 
 
 def test_workers_see_the_same_data() -> None:

@@ -39,8 +39,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--recipe",
         default="default",
         metavar="NAME|FILE.json",
-        help="default (imagenet, and rates by level for the tree), imagenet, cifar100, modelnet40, or a JSON file of "
-        "the recipe's fields",
+        help="default (imagenet, rates and decay by level for the tree), imagenet, cifar100, modelnet40, or a JSON "
+        "file of the recipe's fields",
     )
     group.add_argument("--epochs", type=positive, metavar="N", help="epochs (default: the recipe's)")
     group.add_argument("--lr", type=float, metavar="X", help="peak learning rate (default: the recipe's)")
