@@ -252,20 +252,21 @@ def test_routers_learn_at_their_own_rate(optimizer: str) -> None:
     assert 0.0 < moved[0.1] < moved[1.0]
 
 
+def one_step(**changes: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A tree's weights before and after one plain step of SGD."""
+    net = tree()
+    before = state(net)
+    recipe = QUICK.replace(warmup_epochs=0.0, momentum=0.0, nesterov=False, schedule="constant", **changes)
+    finetune(net, [samples(16)], epochs=1, recipe=recipe, progress=False)
+    return before, state(net)
+
+
 def test_branches_learn_at_the_rate_of_their_level() -> None:
     """One step of SGD from the same gradients: levels one and two move 2 and 4 times as far."""
-    images, targets = samples(16)
     moved = []
     for factor in (1.0, 2.0):
-        net = tree()
-        before = state(net)
-        recipe = QUICK.replace(
-            branch_lr_factor=factor, warmup_epochs=0.0, weight_decay=0.0, momentum=0.0, nesterov=False
-        )
-        finetune(
-            net, [(images, targets)], epochs=1, recipe=recipe.replace(schedule="constant"), progress=False
-        )
-        moved.append({name: value - before[name] for name, value in state(net).items()})
+        before, after = one_step(branch_lr_factor=factor, weight_decay=0.0)
+        moved.append({name: value - before[name] for name, value in after.items()})
     expected = {
         "backbone": 1.0,
         "routers": 1.0,
@@ -282,28 +283,14 @@ def test_branches_learn_at_the_rate_of_their_level() -> None:
 @pytest.mark.parametrize(("factor", "leaf"), [(1.0, 4.0), (0.5, 1.0)])
 def test_branches_decay_by_their_level(factor: float, leaf: float) -> None:
     """What a step takes off the weights: a leaf's four times the rate, times its share of the decay."""
-    images, targets = samples(16)
-    after = []
-    for decay in (0.0, 0.1):
-        net = tree()
-        before = state(net)
-        recipe = QUICK.replace(
-            branch_lr_factor=2.0,
-            branch_weight_decay_factor=factor,
-            weight_decay=decay,
-            warmup_epochs=0.0,
-            momentum=0.0,
-            nesterov=False,
-            schedule="constant",
-        )
-        finetune(net, [(images, targets)], epochs=1, recipe=recipe, progress=False)
-        after.append(state(net))
+    before, plain = one_step(branch_lr_factor=2.0, branch_weight_decay_factor=factor, weight_decay=0.0)
+    _, decayed = one_step(branch_lr_factor=2.0, branch_weight_decay_factor=factor, weight_decay=0.1)
     for part, times in (("backbone", 1.0), ("routers", 1.0), ("heads.0_1", leaf)):
         for name in before:
             if name.startswith(part) and name.endswith("weight"):
                 expected = times * QUICK.lr * 0.1 * before[name]
                 torch.testing.assert_close(
-                    after[0][name] - after[1][name], expected, rtol=1e-2, atol=1e-5, msg=name
+                    plain[name] - decayed[name], expected, rtol=1e-2, atol=1e-5, msg=name
                 )
 
 

@@ -69,11 +69,10 @@ def collect_groups(
             Torch-Pruning's pruners; they name layers of the user's model.
 
     Raises:
-        ModelError: the tail cannot be traced, or one tensor is used by two segments.
+        ModelError: the tail cannot be traced.
     """
     import torch_pruning as tp
 
-    check_not_shared(tail)
     copied = _copy_sharing_weights(nn.ModuleList(tail))
     originals: dict[Any, Any] = dict(zip(_everything(nn.ModuleList(tail)), _everything(copied), strict=True))
     with _traceable(copied), warnings.catch_warnings():
@@ -359,35 +358,3 @@ def _counterpart(originals: Mapping[Any, Any], thing: Any) -> Any:
             f"{type(thing).__name__} of shape {getattr(thing, 'shape', '?')} is not part of the levels"
         )
     return originals[thing]
-
-
-def check_not_shared(tail: Sequence[nn.Module]) -> None:
-    """Raise ModelError where one parameter belongs to two segments."""
-    seen: dict[int, tuple[int, str]] = {}
-    for number, segment in enumerate(tail):
-        for name, parameter in segment.named_parameters():
-            first = seen.setdefault(id(parameter), (number, name))
-            if first[0] != number:
-                raise ModelError(
-                    f"parameter {first[1]!r} is tied to {name!r} across a cut: a branch would untie them. "
-                    "Cut elsewhere, or untie the weights first."
-                )
-
-
-def check_not_tied(groups: Sequence[ChannelGroup], tail: Sequence[nn.Module]) -> None:
-    """Raise ModelError where channels can be split of a weight that two layers of a segment hold."""
-    shared: dict[tuple[int, str], list[str]] = {}
-    for number, segment in enumerate(tail):
-        holders: dict[int, list[str]] = {}
-        for prefix, module in segment.named_modules():
-            for name, parameter in module.named_parameters(prefix, recurse=False):
-                holders.setdefault(id(parameter), []).append(name)
-        shared |= {(number, name): names for names in holders.values() if len(names) > 1 for name in names}
-    for group in groups:
-        for member in group.members:
-            if group.prunable and (member.segment, member.tensor) in shared:
-                first, second = shared[member.segment, member.tensor][:2]
-                raise ModelError(
-                    f"parameter {first!r} is tied to {second!r}, and the channels of {group.name!r} cannot be split "
-                    "for one of them alone. Untie the weights first: give each layer a copy."
-                )

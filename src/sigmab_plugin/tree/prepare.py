@@ -13,7 +13,8 @@ from torch import nn
 from ..channels import ChannelGroup, Slices, slice_module, slices_of
 from ..channels.probe import Prober
 from ..channels.slicing import named_tensors
-from ..channels.torch_pruning import check_not_shared, check_not_tied, collect_groups
+from ..channels.ties import check_not_shared, check_not_tied
+from ..channels.torch_pruning import collect_groups
 from ..config import SigmaBConfig
 from ..errors import ModelError
 from ..modes import evaluating
