@@ -56,6 +56,7 @@ TITLES = {
     "sigmab-branch-decay-teacher": "SigmaB + teacher, rates and weight decay by level",
     "twin-low-decay-teacher": "static twin + teacher, a quarter of the weight decay",
     "sigmab-branch-rate-teacher-30": "SigmaB + teacher, rates by level, 30 epochs",
+    "sigmab-branch-decay-teacher-30": "SigmaB + teacher, rates and weight decay by level, 30 epochs",
     "twin-teacher-30": "static twin + teacher, 30 epochs",
     "twin-equal-teacher-30": "static twin widened to SigmaB's active parameters + teacher, 30 epochs",
     "pruned-magnitude-teacher-30": "Torch-Pruning, group magnitude + teacher, 30 epochs",
@@ -71,6 +72,10 @@ TITLES = {
     "shared-0.75": "SigmaB, the paper's loss, κ = 0.75",
     "bn-per-leaf": "SigmaB, the paper's loss, BatchNorm re-estimated per leaf",
     "balanced-clusters": "SigmaB, the paper's loss, clusters of equal size",
+    "pooled-deviation": "SigmaB, the paper's loss, features pooled as mean and deviation",
+    "trained-projection": "SigmaB, the paper's loss, trained projections",
+    "shared-0.25-0.75": "SigmaB, the paper's loss, κ = 0.25, then 0.75",
+    "shared-0.75-0.25": "SigmaB, the paper's loss, κ = 0.75, then 0.25",
     "one-level": "SigmaB, the paper's loss, one level, two leaves",
     "three-levels": "SigmaB, the paper's loss, three levels, eight leaves",
     "uneven-widths": "SigmaB, the paper's loss, one half of the tree narrower",
@@ -83,10 +88,16 @@ TITLES = {
     "untrained-pruned-bn": "Torch-Pruning, group magnitude, BatchNorm re-estimated",
     "untrained-pruned-repaired": "Torch-Pruning, group magnitude, least-squares repair",
     "untrained-sigmab-repaired": "SigmaB, least-squares repair",
+    "untrained-pooled-deviation-repaired": "SigmaB, least-squares repair, features pooled as mean and deviation",
+    "untrained-trained-projection-repaired": "SigmaB, least-squares repair, trained projections",
+    "untrained-shared-0.25-0.75-repaired": "SigmaB, least-squares repair, κ = 0.25, then 0.75",
+    "untrained-shared-0.75-0.25-repaired": "SigmaB, least-squares repair, κ = 0.75, then 0.25",
     "untrained-twin-repaired": "static twin, least-squares repair",
     "untrained-twin-equal-repaired": "static twin widened to SigmaB's active parameters, least-squares repair",
     "untrained-twin-repaired-bn": "static twin, least-squares repair, BatchNorm re-estimated",
 }
+#: Made by the builders of ``accuracy/variants.py``; each with the paper's loss, and repaired without training.
+CANDIDATES = ("pooled-deviation", "trained-projection", "shared-0.25-0.75", "shared-0.75-0.25")
 #: The tree with the paper's loss and one part varied; each stands beside that tree.
 VARIATIONS = (
     "balanced",
@@ -99,15 +110,18 @@ VARIATIONS = (
     "three-levels",
     "uneven-widths",
     "sigmab-repaired",
+    *CANDIDATES,
 )
 #: On the page of the benchmarks, not in the short tables.
 ABLATIONS = {
     *VARIATIONS,
+    *(f"untrained-{name}-repaired" for name in CANDIDATES),
     "twin-double-rate",
     "twin-double-rate-teacher",
     "twin-low-decay-teacher",
     "sigmab-branch-rate-teacher",
     "sigmab-branch-rate-teacher-30",
+    "sigmab-branch-decay-teacher-30",
     "twin-teacher-30",
     "twin-equal-teacher-30",
     "pruned-magnitude-teacher-30",
@@ -276,7 +290,8 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
             for control in ("twin", "twin-low-decay", "twin-equal", "pruned-magnitude", "sigmab-branch-rate")
         ),
         *(
-            ("sigmab-branch-rate-teacher-30", f"{control}-teacher-30")
+            (f"{tree}-teacher-30", f"{control}-teacher-30")
+            for tree in ("sigmab-branch-rate", "sigmab-branch-decay")
             for control in ("twin", "twin-equal", "pruned-magnitude")
         ),
         ("sigmab", "twin-equal"),
@@ -293,6 +308,7 @@ def _differences(results: dict[str, list[Result]]) -> list[str]:
         ("untrained-sigmab-repaired", "untrained-twin-equal-repaired"),
         ("untrained-sigmab-repaired", "untrained-pruned-repaired"),
         ("untrained-sigmab-repaired", "untrained-pruned-bn"),
+        *((f"untrained-{name}-repaired", "untrained-sigmab-repaired") for name in CANDIDATES),
     )
     for tree, control in pairs:
         if tree not in results or control not in results:

@@ -21,6 +21,7 @@ from sigmab_plugin.modes import evaluating
 from sigmab_plugin.tree.repair import Pair, fit_layers
 
 from .experiments import Experiment
+from .variants import build_variant
 
 
 def tree_config(recipe: dict[str, Any], arm: dict[str, Any], seed: int) -> SigmaBConfig:
@@ -63,7 +64,10 @@ def build_arm(
     example = to_device(experiment.example(2), device)
     data = calibration(experiment, recipe, seed, device)
     if arm["kind"] == "tree":
-        net: nn.Module = SigmaBPruner(dense, example, calibration_data=data, config=config).step()
+        pruner = SigmaBPruner(dense, example, calibration_data=data, config=config)
+        net: nn.Module = (
+            build_variant(arm["builder"], pruner.prepared, data) if "builder" in arm else pruner.step()
+        )
     elif arm["kind"] == "twin":
         net = static_twin(dense, example, config=config, calibration_data=data)
     elif arm["kind"] == "wide_twin":
