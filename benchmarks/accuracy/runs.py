@@ -75,7 +75,9 @@ def dense_stage(session: Session, seed: int) -> bool:
     model = session.experiment.model(seed)
     history = session.train(model, session.recipe["dense"], folder, seed=seed, teacher=None)
     if history.complete:
-        _finish(session, "dense", model, history, seed=seed, dense_seed=seed, extra={})
+        val_accuracy = history.last.val_accuracy or 0.0
+        finish = functools.partial(_finish, session, "dense", model, history, val_accuracy=val_accuracy)
+        finish(seed=seed, dense_seed=seed, extra={})
     return history.complete
 
 
@@ -89,24 +91,26 @@ def arm_stage(session: Session, arm: str, *, seed: int, dense_seed: int) -> bool
     begin = time.perf_counter()
     net = build_arm(session.experiment, session.recipe, settings, dense, seed=seed, device=session.device)
     built = time.perf_counter() - begin
-    before = evaluate(net, session.experiment.batches(session.experiment.val), device=session.device)
+    before = _val_accuracy(session, net)
     training = {**session.recipe["finetune"], **settings.get("train", {})}
     extra = {
         "restructure_seconds": round(built, 2),
-        "val_accuracy_before_finetuning": round(100 * before.accuracy, 3),
+        "val_accuracy_before_finetuning": round(100 * before, 3),
     }
     finish = functools.partial(_finish, session, arm, net, seed=seed, dense_seed=dense_seed, extra=extra)
     if not training["epochs"]:
+        val_accuracy = before
         if training.get("bn_reestimation"):
             data = calibration(session.experiment, session.recipe, seed, session.device)
             reestimate_batchnorm(net, data)
-        finish(None)
+            val_accuracy = _val_accuracy(session, net)
+        finish(None, val_accuracy=val_accuracy)
         return True
     teacher = dense if training.get("distillation_weight") else None
     folder = session.out / f"{arm}-seed{seed}"
     history = session.train(net, training, folder, seed=seed, teacher=teacher)
     if history.complete:
-        finish(history)
+        finish(history, val_accuracy=history.last.val_accuracy or 0.0)
     return history.complete
 
 
@@ -120,6 +124,10 @@ def load_dense(session: Session, seed: int) -> nn.Module:
     return model.eval()
 
 
+def _val_accuracy(session: Session, net: nn.Module) -> float:
+    return evaluate(net, session.experiment.batches(session.experiment.val), device=session.device).accuracy
+
+
 def _result_path(session: Session, arm: str, seed: int) -> Path:
     return session.results / session.name / f"{arm}-seed{seed}.json"
 
@@ -130,6 +138,7 @@ def _finish(
     net: nn.Module,
     history: History | None,
     *,
+    val_accuracy: float,
     seed: int,
     dense_seed: int,
     extra: dict[str, Any],
@@ -139,10 +148,6 @@ def _finish(
     ``history`` is None for a network that is not fine-tuned.
     """
     experiment = session.experiment
-    if history:
-        val_accuracy = history.last.val_accuracy or 0.0
-    else:
-        val_accuracy = evaluate(net, experiment.batches(experiment.val), device=session.device).accuracy
     test = evaluate(net, experiment.batches(experiment.test), device=session.device)
     net.to("cpu").eval()
     record = {
