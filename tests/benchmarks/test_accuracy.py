@@ -114,15 +114,21 @@ def test_a_table_that_was_edited_is_found(report, finished: Path, tmp_path: Path
     assert text.endswith("after\n")
     accuracy = f"{_read(finished, 'twin')['test']['accuracy']:.2f}"
     assert text.count(f"| static twin | 1 | 1 | {accuracy} |") == 2
+    figure = tmp_path / "figure.svg"
+    for option, status in (("--check", 1), ("--write", 0), ("--check", 0)):
+        assert report.main(["--results", str(finished), option, str(figure)]) == status
+    assert f">{accuracy}</text>" in figure.read_text()
     page.write_text(text.replace(f"| static twin | 1 | 1 | {accuracy} |", "| static twin | 1 | 1 | 99.99 |"))
     capsys.readouterr()
     assert report.main(["--results", str(finished), "--check", str(page)]) == 1
     assert "99.99" in capsys.readouterr().out
 
 
-def test_spread_is_mean_and_standard_deviation(report) -> None:
-    assert report.spread([90.0]) == "90.00"
-    assert report.spread([90.0, 91.0, 92.0]) == "91.00 ± 1.00"
+def test_spread_is_mean_and_standard_deviation() -> None:
+    from accuracy.tables import spread
+
+    assert spread([90.0]) == "90.00"
+    assert spread([90.0, 91.0, 92.0]) == "91.00 ± 1.00"
 
 
 def test_a_page_without_markers_is_refused(report, tmp_path: Path) -> None:
@@ -131,7 +137,9 @@ def test_a_page_without_markers_is_refused(report, tmp_path: Path) -> None:
         report.main(["--check", str(tmp_path / "page.md")])
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "docs/deployment.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "benchmarks/README.md", "docs/deployment.md", "docs/accuracy.svg"]
+)
 def test_pages_state_what_the_result_files_hold(report, page: str) -> None:
     assert report.main(["--check", str(BENCHMARKS.parent / page)]) == 0
 
