@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import ModelError
 
@@ -154,43 +155,93 @@ def modality(name: str) -> Modality:
     return _KINDS[name]()
 
 
-def detect(frontier: Any, modules: Iterable[nn.Module]) -> Modality:
-    """The modality of one frontier; ``modules`` (what reads it) settle what shapes alone cannot.
+class Readers:
+    """Layers that read a tensor of the frontier's shape say which of its dimensions holds the channels."""
 
-    Raises:
-        ModelError: the frontier has no feature tensor of a known form, or a tensor without one row per sample.
-    """
+    def __init__(self, frontier: Any, modules: Iterable[nn.Module]) -> None:
+        self._shape = features(frontier).shape
+        self._modules = [m for m in modules if isinstance(m, (*_CHANNELS_FIRST, *_CHANNELS_LAST))]
+        self._handles: list[RemovableHandle] = []
+        self.channels_last: bool | None = None
+
+    def __enter__(self) -> Readers:
+        self._handles = [m.register_forward_pre_hook(self._read) for m in self._modules]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _read(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0] if inputs else None
+        if self.channels_last is not None or not torch.is_tensor(x) or x.shape != self._shape:
+            return
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+            return  # over channels and positions alike
+        self.channels_last = isinstance(module, _CHANNELS_LAST)
+
+
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
+
+
+def check_features(frontier: Any, cut: str) -> None:
+    """Raises ModelError unless the frontier has features, and one row per sample in each of its tensors."""
     if isinstance(frontier, (tuple, list)) and _is_point_cloud(frontier):
-        return Points()
-    x = features(frontier)
+        return
+    x = features(frontier) if not isinstance(frontier, (tuple, list)) or len(frontier) else None
     if not torch.is_tensor(x) or not x.is_floating_point():
-        raise ModelError(f"the first value that crosses the cut must hold features; it is {_describe(x)}")
+        raise ModelError(
+            f"the first value that crosses the cut at {cut!r} must hold features; it is {_describe(x)}"
+        )
     for number, value in enumerate(frontier if isinstance(frontier, (tuple, list)) else ()):
         if torch.is_tensor(value) and (value.ndim == 0 or len(value) != len(x)):
             raise ModelError(
-                f"value {number} that crosses the cut has shape {tuple(value.shape)} beside features of shape "
-                f"{tuple(x.shape)}, so it cannot be divided among branches: expand it to the batch before the cut, or "
-                "compute it behind the cut"
+                f"value {number} that crosses the cut at {cut!r} has shape {tuple(value.shape)} beside features of "
+                f"shape {tuple(x.shape)}, so it cannot be divided among branches: expand it to the batch before the "
+                "cut, or compute it behind the cut"
             )
-    convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in modules)
-    if x.ndim == 2:
+    if x.ndim not in (2, 3, 4, 5):
+        raise ModelError(
+            f"features of shape {tuple(x.shape)} at the cut {cut!r} are none of (B,C), (B,C,H,W), (B,N,C), point clouds"
+        )
+
+
+def detect(
+    frontier: Any, modules: Iterable[nn.Module], *, channels_last: bool | None, before: Modality | None
+) -> Modality:
+    """The modality of a frontier that :func:`check_features` accepts.
+
+    Args:
+        modules: what lies in the segment that reads it.
+        channels_last: what :class:`Readers` saw there; None: nothing.
+        before: the modality of the cut before, which holds where nothing else tells.
+    """
+    if isinstance(frontier, (tuple, list)) and _is_point_cloud(frontier):
+        return Points()
+    ndim = features(frontier).ndim
+    if ndim == 2:
         return Vectors()
-    if x.ndim == 3:
-        return Images() if convolutional else Tokens()
-    if x.ndim in (4, 5):
+    if channels_last is None:
+        previous = {"tokens": (3,), "channels_last": (4, 5), "images": (3, 4, 5)}
+        if before is not None and ndim in previous.get(before.name, ()):
+            return before
+        channels_last = ndim == 3 and not any(isinstance(m, nn.modules.conv._ConvNd) for m in modules)
+    if not channels_last:
         return Images()
-    raise ModelError(
-        f"features of shape {tuple(x.shape)} are none of (B,C), (B,C,H,W), (B,N,C) or point clouds"
-    )
+    return Tokens() if ndim == 3 else ChannelsLast()
 
 
 def _is_point_cloud(values: Any) -> bool:
     if len(values) != 3 or not all(torch.is_tensor(v) for v in values):
         return False
     x, pos, batch = values
-    return (
-        x.ndim == pos.ndim == 2 and batch.ndim == 1 and not batch.is_floating_point() and len(x) == len(batch)
-    )
+    if not (x.ndim == pos.ndim == 2 and batch.ndim == 1 and len(x) == len(pos) == len(batch) > 0):
+        return False
+    if batch.is_floating_point() or pos.shape[1] not in (2, 3):
+        return False
+    steps = batch.diff()
+    return int(batch[0]) == 0 and bool(((steps == 0) | (steps == 1)).all())
 
 
 def _describe(value: Any) -> str:

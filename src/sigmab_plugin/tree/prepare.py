@@ -17,10 +17,11 @@ from ..channels.ties import check_not_shared, check_not_tied
 from ..channels.torch_pruning import collect_groups
 from ..config import SigmaBConfig
 from ..errors import ModelError
-from ..modes import evaluating
 from .allocation import check_widths, filter_norms, width_of
-from .modality import Modality, detect
-from .segments import Segments, call, chain, cut
+from .modality import Modality
+from .reading import read_example
+from .segments import Segments, chain, cut
+from .trial import confirmed_groups
 from .widths import solve_scale
 
 _log = logging.getLogger(__name__)
@@ -97,24 +98,13 @@ def prepare(
         pieces = cut(model, levels=config.levels, head=config.head)
     modules = [pieces.backbone, *pieces.tail]
     check_not_shared(modules)
-    with evaluating(*modules):
-        frontier = (
-            forward_fn(pieces.backbone, example_inputs)
-            if forward_fn
-            else call(pieces.backbone, example_inputs)
-        )
-        first = frontier
-        modalities: list[Modality] = []
-        features: list[int] = []
-        for segment in pieces.tail:
-            kind = detect(frontier, segment.modules())
-            modalities.append(kind)
-            features.append(kind.pool(frontier).shape[1])
-            frontier = call(segment, frontier)
+    reading = read_example(
+        pieces, example_inputs, model=None if segments is not None else model, forward_fn=forward_fn
+    )
     collected = collect_groups(
         pieces.tail,
-        first,
-        channel_dim=modalities[0].channel_dim,
+        reading.frontier,
+        channel_dim=reading.modalities[0].channel_dim,
         output_transform=output_transform,
         importance=importance,
         ignored_layers=ignored_layers,
@@ -124,31 +114,32 @@ def prepare(
     )
     check_not_tied(collected.groups, pieces.tail)
     shapes = tuple({name: tuple(t.shape) for name, t in named_tensors(m).items()} for m in modules)
+    groups = confirmed_groups(
+        collected.groups, pieces.tail, reading.frontier, shapes=shapes[1:], prober=collected.prober
+    )
     tensors = {(i, name): t for i, m in enumerate(pieces.tail) for name, t in named_tensors(m).items()}
-    scores = {g.name: collected.scores.get(g.name, None) for g in collected.groups if g.prunable}
+    scores = {g.name: collected.scores.get(g.name, None) for g in groups if g.prunable}
     prepared = Prepared(
         segments=pieces,
         example=example_inputs,
-        modalities=tuple(modalities),
-        features=tuple(features),
-        groups=collected.groups,
+        modalities=reading.modalities,
+        features=reading.features,
+        groups=groups,
         scores={
             g.name: score if (score := scores[g.name]) is not None else filter_norms(g, tensors)
-            for g in collected.groups
+            for g in groups
             if g.prunable
         },
         prober=collected.prober,
         config=config,
         shapes=shapes,
     )
-    check_widths(config, collected.groups, pieces.names)
+    check_widths(config, groups, pieces.names)
     for number, name in enumerate(pieces.names[:-1]):
         if not prepared.owned(number):
-            reasons = "; ".join(
-                f"{g.name}: {g.complete}" for g in collected.groups if g.owner in (-1, number)
-            )
+            reasons = "; ".join(f"{g.name}: {g.complete}" for g in groups if g.owner in (-1, number))
             raise ModelError(f"level {name!r} has no channels that can be split. {reasons}")
-    for group in collected.groups:
+    for group in groups:
         produced = {m.segment for m in group.members if m.role == "out"}
         if group.complete and produced - {prepared.depth}:
             _log.info("%s keeps all %d channels: %s", group.name, group.size, group.complete)

@@ -71,6 +71,16 @@ def cut(model: nn.Module, *, levels: Sequence[str], head: str) -> Segments:
     """
     names = (*levels, head)
     _check_names(model, levels, head)
+    own = set(vars(model))
+    try:
+        return _cut(model, names)
+    finally:
+        # The tracer hangs tensors that forward makes (torch.tensor(...)) on the model; the segments have theirs.
+        for name in set(vars(model)) - own:
+            delattr(model, name)
+
+
+def _cut(model: nn.Module, names: tuple[str, ...]) -> Segments:
     graph = _trace(model, names)
     nodes = [node for node in graph.nodes if node.op != "get_attr"]
     position = {node: i for i, node in enumerate(nodes)}
