@@ -145,8 +145,13 @@ def _from_json(algorithm: str, key: str, value: Any, hint: Any) -> Any:
         if value is None:
             return None
     elif origin is tuple:
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            inner = args[0] if args else Any
+        inner = args[0] if args else Any
+        if isinstance(value, str):
+            what = "a list of names" if inner is str else "a list"
+            raise ConfigError(
+                f"{algorithm}: {key} has the wrong type: give {what}, [{value!r}] instead of {value!r}"
+            )
+        if isinstance(value, Sequence):
             return tuple(_from_json(algorithm, key, item, inner) for item in value)
     elif origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if isinstance(value, Mapping):

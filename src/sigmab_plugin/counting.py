@@ -35,12 +35,14 @@ def as_arguments(inputs: Any) -> tuple[Any, ...]:
 
 
 def macs(module: nn.Module, inputs: Any) -> int:
-    """Multiply-accumulates of ``module(*inputs)``: convolutions and matrix products, batch included.
+    """Multiply-accumulates of ``module`` on ``inputs``: convolutions and matrix products, batch included.
 
+    A tuple or list of inputs is splatted, a dict is keywords.
     Element-wise work and normalisation are not counted (the convention of the published figures).
     Runs a copy in eval mode, so that neither mode nor buffers change.
     """
     runnable = copy.deepcopy(module).eval()
+    arguments, named = ((), inputs) if isinstance(inputs, dict) else (as_arguments(inputs), {})
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        runnable(*as_arguments(inputs))
+        runnable(*arguments, **named)
     return int(counter.get_total_flops()) // 2

@@ -33,7 +33,8 @@ _log = logging.getLogger(__name__)
 class Allocation:
     """What one branch will keep, shown before it is used (``step(interactive=True)``).
 
-    ``keep`` may be changed in place: any index tensor of the same length, ascending.
+    ``keep`` may be changed in place: for each of its names, the indices of the channels to keep, ascending, as
+    a tensor, an array, a list or a tuple. Names can be neither added nor removed.
     """
 
     path: str
@@ -65,12 +66,23 @@ class Builder:
         self._reaching: dict[str, Pair] = {}
 
     def run(self, progress: Callable[[str, int], None] | None = None) -> Iterator[Allocation]:
-        """Yield every branch's allocation, then build it; afterwards :meth:`net` is ready."""
+        """Yield every branch's allocation, then build it; afterwards :meth:`net` is ready.
+
+        Between two allocations the caller has the model's modes and the gradient mode as they were.
+        """
         segments = self.prepared.segments
-        with evaluating(segments.backbone, *segments.tail):
-            for level in range(self.prepared.depth):
-                yield from self._level(level, progress)
-            yield from self._heads()
+        steps = self._steps(progress)
+        while True:
+            with evaluating(segments.backbone, *segments.tail):
+                allocation = next(steps, None)
+            if allocation is None:
+                return
+            yield allocation
+
+    def _steps(self, progress: Callable[[str, int], None] | None) -> Iterator[Allocation]:
+        for level in range(self.prepared.depth):
+            yield from self._level(level, progress)
+        yield from self._heads()
 
     def net(self) -> SigmaBNet:
         plan = Plan(
@@ -264,7 +276,7 @@ class Builder:
             allocation = Allocation(
                 below[branch], prepared.segments.names[level], int(sizes[branch]), keep[branch], shared
             )
-            lengths = {name: len(index) for name, index in allocation.keep.items()}
+            lengths = {name: len(index) for name, index in keep[branch].items()}
             yield allocation
             self._commit(level, allocation, lengths)
 
@@ -288,10 +300,12 @@ class Builder:
 
     def _commit(self, segment: int, allocation: Allocation, lengths: Mapping[str, int]) -> None:
         """Build one branch's module from its (possibly edited) allocation."""
-        for group in self.prepared.owned(segment):
-            _check_kept(group, allocation.keep.get(group.name), lengths[group.name], allocation.path)
-        keep = {name: tuple(index.tolist()) for name, index in allocation.keep.items()}
         path = allocation.path
+        owned = {group.name: group for group in self.prepared.owned(segment)}
+        _check_names(allocation.keep, owned, path)
+        keep = {
+            name: _checked(group, allocation.keep[name], lengths[name], path) for name, group in owned.items()
+        }
         known = self.branches.get(path, BranchPlan({}))
         self.branches[path] = BranchPlan({**known.keep, **keep}, known.attributes)
         module, attributes = self.prepared.sliced(segment, self._kept(path))
@@ -304,10 +318,31 @@ class Builder:
             self.specializers[path] = module
 
 
-def _check_kept(group: ChannelGroup, index: torch.Tensor | None, length: int, path: str) -> None:
+def _check_names(keep: Mapping[str, Any], owned: Mapping[str, ChannelGroup], path: str) -> None:
+    extra, missing = sorted(set(keep) - set(owned)), sorted(set(owned) - set(keep))
+    if extra or missing:
+        faults = (("cannot be chosen here", extra), ("missing", missing))
+        raise ConfigError(
+            f"branch {path}: the edited allocation must name exactly {', '.join(map(repr, owned)) or 'nothing'}; "
+            + "; ".join(f"{what}: {', '.join(map(repr, names))}" for what, names in faults if names)
+        )
+
+
+def _checked(group: ChannelGroup, chosen: Any, length: int, path: str) -> tuple[int, ...]:
+    """The chosen channels as plain data."""
     where = f"branch {path}, channels of {group.name!r}"
-    if index is None or index.ndim != 1 or len(index) == 0:
+    try:
+        index = torch.as_tensor(chosen)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{where}: the edited allocation must hold indices; got {chosen!r:.80}") from error
+    if index.ndim != 1 or len(index) == 0:
         raise ConfigError(f"{where}: the edited allocation must be a non-empty 1-D index tensor")
+    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        hint = " (for a mask, mask.nonzero().flatten())" if index.dtype == torch.bool else ""
+        raise ConfigError(
+            f"{where}: give integer indices{hint}, not {str(index.dtype).removeprefix('torch.')}"
+        )
+    index = index.to(torch.long)
     if bool((index[1:] <= index[:-1]).any()) or int(index[0]) < 0 or int(index[-1]) >= group.size:
         raise ConfigError(f"{where}: indices must ascend, without repeats, within 0..{group.size - 1}")
     if group.partitions > 1:
@@ -319,6 +354,7 @@ def _check_kept(group: ChannelGroup, index: torch.Tensor | None, length: int, pa
             )
     if len(index) != length:
         _log.info("%s: %d channels instead of the %d planned", where, len(index), length)
+    return tuple(index.tolist())
 
 
 def _rounded(values: torch.Tensor) -> tuple[float, ...]:

@@ -19,13 +19,20 @@ class Calibration:
         example: one batch of inputs; tells inputs from ``(inputs, targets)``.
 
     Raises:
-        CalibrationError: missing, or an iterator that can be read only once.
+        CalibrationError: missing, not iterable, or an iterator that can be read only once.
     """
 
     def __init__(self, data: Iterable[Any] | None, example: Any) -> None:
         if data is None:
             raise CalibrationError(
                 "calibration_data is missing: give a re-iterable of inputs or (inputs, targets)"
+            )
+        # As iter() does, ask the type: __getitem__ alone is the old sequence protocol.
+        if not hasattr(type(data), "__iter__") and not hasattr(type(data), "__getitem__"):
+            hint = "; if it makes batches, give a list of them, list(...)" if callable(data) else ""
+            raise CalibrationError(
+                f"calibration_data is a {type(data).__name__} and cannot be iterated: give a list, a DataLoader, or an "
+                f"object whose __iter__ starts afresh{hint}"
             )
         if iter(data) is data:
             raise CalibrationError(

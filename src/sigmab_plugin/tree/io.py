@@ -35,19 +35,25 @@ def save(net: SigmaBNet, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         OSError: no space or no permission; an older pair stays as it was.
-        ModelError: channels were removed after restructuring; the plan could not build such a net again.
+        ModelError: channels were removed after restructuring, so that the plan could not build such a net
+            again; or a module's extra state is neither a tensor nor JSON.
     """
     from safetensors.torch import save as serialize
 
     _check_widths(net)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = unshared(net.state_dict())
-    weights = serialize(tensors, metadata={"format": "pt"})
-    record = {
-        **net.plan.to_dict(),
-        "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
-    }
+    state = net.state_dict()
+    tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+    weights = serialize(unshared(tensors), metadata={"format": "pt"})
+    facts: dict[str, Any] = {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()}
+    if tied := _tied(net, tensors):
+        facts["tied"] = tied
+    if len(tensors) < len(state):
+        facts["extra_state"] = {
+            name: _as_json(name, value) for name, value in state.items() if name not in tensors
+        }
+    record = {**net.plan.to_dict(), "weights": facts}
     record["sha256"] = _digest(record)
     pending = target / _PENDING
     draft = target / (PLAN + ".new")
@@ -62,6 +68,39 @@ def save(net: SigmaBNet, directory: str | os.PathLike[str]) -> Path:
     os.replace(pending, target / WEIGHTS)
     _sync(target)
     return target
+
+
+def _tied(net: nn.Module, stored: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names of stored tensors that are one tensor in the net; the file holds them once per name."""
+    tied: list[list[str]] = []
+    for tensors in (net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)):
+        names: dict[int, list[str]] = {}
+        for name, tensor in tensors:
+            if name in stored:
+                names.setdefault(id(tensor), []).append(name)
+        tied += [group for group in names.values() if len(group) > 1]
+    return tied
+
+
+def _tie(net: nn.Module, names: Sequence[str]) -> None:
+    places = [(net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    first = getattr(*places[0])
+    for module, key in places[1:]:
+        setattr(module, key, first)
+
+
+def _as_json(name: str, value: Any) -> Any:
+    """``value``, if JSON gives it back unchanged."""
+    try:
+        if json.loads(json.dumps(value, allow_nan=False)) == value:
+            return value
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise ModelError(
+        f"module {name.rpartition('.')[0]!r}: its extra state ({type(value).__name__}) is neither a tensor nor plain "
+        "JSON, and nothing is pickled here: let get_extra_state return a tensor, or dicts with string keys, lists, "
+        "strings and finite numbers"
+    )
 
 
 def _check_widths(net: SigmaBNet) -> None:
@@ -99,10 +138,15 @@ def unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict for safetensors: contiguous, on the CPU, and no two entries on the same memory.
 
     Modules that hosts hook into several places appear under several names.
+
+    Raises:
+        ModelError: an entry is no tensor (a module's extra state).
     """
     result: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, value in state.items():
+        if not torch.is_tensor(value):
+            raise ModelError(f"{name!r} is a {type(value).__name__}: only tensors can be stored here")
         tensor = value.detach().contiguous().cpu()
         storage = tensor.untyped_storage().data_ptr()
         result[name] = tensor.clone() if storage in seen else tensor
@@ -117,26 +161,38 @@ def load(
 
     Args:
         dense_model: a model of the dense architecture (its weights do not matter; it may be on the
-            meta device), or the segments where the net was built from segments.
+            meta device, unless it has buffers that are not persistent: they come from it), or the
+            segments where the net was built from segments.
 
     Raises:
-        FormatError: a file is missing, truncated or altered, or from a newer version.
+        FormatError: a file is missing, truncated or altered, or from a newer version; or it lacks a buffer
+            that ``dense_model`` has on the meta device.
         ModelError: ``dense_model`` is not the architecture that was restructured; names the tensor.
     """
     from safetensors.torch import load as deserialize
 
-    plan, checksum = _read_plan(Path(directory))
-    weights = _read_weights(Path(directory), checksum)
+    plan, facts = _read_plan(Path(directory))
+    weights = _read_weights(Path(directory), str(facts["sha256"]))
     net = assemble(plan, dense_model)
     try:
         tensors = deserialize(weights)
     except Exception as error:
         raise FormatError(f"{WEIGHTS} is damaged: {error}") from error
     try:
-        net.load_state_dict(tensors, assign=True)
+        net.load_state_dict({**tensors, **facts.get("extra_state", {})}, assign=True)
     except RuntimeError as error:
         raise FormatError(f"{WEIGHTS} does not fit {PLAN}: {error}") from error
-    return net.to(device).eval()
+    for name, buffer in net.named_buffers():
+        if buffer.is_meta:
+            raise FormatError(
+                f"buffer {name!r} is not persistent, so {WEIGHTS} does not hold it, and the dense model has it on the "
+                "meta device: give a dense model on a real device, or register the buffer with persistent=True "
+                "and save the net again"
+            )
+    net = net.to(device).eval()
+    for names in facts.get("tied", ()):  # after the move, which would untie buffers
+        _tie(net, names)
+    return net
 
 
 def read_plan(directory: str | os.PathLike[str]) -> Plan:
@@ -213,7 +269,8 @@ def _check_tensors(piece: nn.Module, expected: dict[str, tuple[int, ...]]) -> No
         raise ModelError(f"the dense model has a tensor {extra[0]!r} that the plan does not know")
 
 
-def _read_plan(directory: Path) -> tuple[Plan, str]:
+def _read_plan(directory: Path) -> tuple[Plan, dict[str, Any]]:
+    """The plan, and what it says of its weights: checksum, tied names, extra states."""
     path = directory / PLAN
     try:
         record = json.loads(path.read_text())
@@ -229,7 +286,7 @@ def _read_plan(directory: Path) -> tuple[Plan, str]:
         Plan.from_dict(record)
         raise FormatError(f"{path} was altered: its checksum does not match")
     plan = Plan.from_dict(record)
-    return plan, str(record["weights"]["sha256"])
+    return plan, record["weights"]
 
 
 def _read_weights(directory: Path, checksum: str) -> bytes:

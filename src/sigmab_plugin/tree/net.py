@@ -279,7 +279,13 @@ class SigmaBNet(nn.Module):
     # Counts ---------------------------------------------------------------------------------------
 
     def path_modules(self, leaf: str) -> list[tuple[str, nn.Module]]:
-        """Modules of one path in order of use, by qualified name."""
+        """Modules of one path in order of use, by qualified name.
+
+        Raises:
+            ConfigError: ``leaf`` is no leaf of this tree.
+        """
+        if leaf not in self.leaves:
+            raise ConfigError(f"the tree has no leaf {leaf!r}; its leaves: {', '.join(self.leaves)}")
         names = ["backbone", "routers.root"]
         for prefix in prefixes(leaf):
             names.append(f"specializers.{module_key(prefix)}")
