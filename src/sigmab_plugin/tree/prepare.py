@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,11 +97,10 @@ def prepare(
     else:
         assert model is not None
         pieces = cut(model, levels=config.levels, head=config.head)
+    pieces = dataclasses.replace(pieces, forward_fn=forward_fn)
     modules = [pieces.backbone, *pieces.tail]
     check_not_shared(modules)
-    reading = read_example(
-        pieces, example_inputs, model=None if segments is not None else model, forward_fn=forward_fn
-    )
+    reading = read_example(pieces, example_inputs, model=None if segments is not None else model)
     collected = collect_groups(
         pieces.tail,
         reading.frontier,
@@ -138,6 +138,9 @@ def prepare(
     for number, name in enumerate(pieces.names[:-1]):
         if not prepared.owned(number):
             reasons = "; ".join(f"{g.name}: {g.complete}" for g in groups if g.owner in (-1, number))
+            reasons = (
+                reasons or "none of its layers is followed (detach or no_grad on the way, or no weights)"
+            )
             raise ModelError(f"level {name!r} has no channels that can be split. {reasons}")
     for group in groups:
         produced = {m.segment for m in group.members if m.role == "out"}

@@ -35,27 +35,27 @@ def read_example(
     example: Any,
     *,
     model: nn.Module | None = None,
-    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Reading:
     """Run the example through backbone, levels and head.
 
     Args:
         model: what the pieces were cut from; they must compute the same.
-        forward_fn: how inputs are given to a module; default: tuples are splatted, dicts are keywords.
 
     Raises:
         ModelError: the model or a piece does not run; a value at a cut has no features or no batch dimension; a level
             changes its input; the output is no tensor (B, classes); the pieces do not compute what the model does.
     """
-    run = forward_fn or call
     if any(tensor.is_meta for module in (pieces.backbone, *pieces.tail) for tensor in module.parameters()):
         raise ModelError("the model is on the meta device and has no values: load its weights first")
     with evaluating(*([model] if model is not None else []), pieces.backbone, *pieces.tail):
         wanted = None
         if model is not None:
-            wanted = _attempt(lambda: run(model, example), "the model does not run on example_inputs")
+            wanted = _attempt(
+                lambda: (pieces.forward_fn or call)(model, example),
+                "the model does not run on example_inputs",
+            )
             _check_output(wanted)
-        frontiers, kinds = _chain(pieces, example, run)
+        frontiers, kinds = _chain(pieces, example)
         output = frontiers.pop()
         _check_output(output)
         if wanted is not None:
@@ -63,22 +63,18 @@ def read_example(
         _check_batch(pieces, [kind.size(value) for kind, value in zip(kinds, frontiers, strict=True)], output)
         longer = _longer(example)
         if longer is not None:  # a dimension that has the batch's length by chance does not grow with it
-            more, _ = _chain(pieces, longer, run)
+            more, _ = _chain(pieces, longer)
             output = more.pop()
             _check_batch(pieces, [kind.size(value) for kind, value in zip(kinds, more, strict=True)], output)
         pooled = tuple(kind.pool(value).shape[1] for kind, value in zip(kinds, frontiers, strict=True))
     return Reading(frontiers[0], tuple(kinds), pooled)
 
 
-def _chain(
-    pieces: Segments, example: Any, run: Callable[[nn.Module, Any], Any]
-) -> tuple[list[Any], list[Modality]]:
+def _chain(pieces: Segments, example: Any) -> tuple[list[Any], list[Modality]]:
     """The value at every cut and the output; the modality of every cut."""
     with preserve_random_state():
         torch.manual_seed(0)
-        value = _attempt(
-            lambda: run(pieces.backbone, example), "the part before the first level does not run"
-        )
+        value = _attempt(lambda: pieces.enter(example), "the part before the first level does not run")
         values: list[Any] = []
         kinds: list[Modality] = []
         for number, (name, segment) in enumerate(zip(pieces.names, pieces.tail, strict=True)):

@@ -68,7 +68,7 @@ def sample_pairs(
     parts: list[Any] = []
     seen = 0
     for inputs in calibration.batches():
-        frontier = call(segments.backbone, inputs)
+        frontier = segments.enter(inputs)
         size = kind.size(frontier)
         rows = mine[(mine >= seen) & (mine < seen + size)] - seen
         parts.append(kind.take(frontier, rows.to(features(frontier).device)))

@@ -27,12 +27,18 @@ class Segments:
 
     Attributes:
         names: qualified names of the modules at which the model was cut, the head's last.
+        forward_fn: how inputs are given to the backbone; default: :func:`call`.
     """
 
     backbone: nn.Module
     levels: tuple[nn.Module, ...]
     head: nn.Module
     names: tuple[str, ...]
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None
+
+    def enter(self, inputs: Any) -> Any:
+        """The backbone's output."""
+        return (self.forward_fn or call)(self.backbone, inputs)
 
     @property
     def tail(self) -> tuple[nn.Module, ...]:
@@ -106,6 +112,11 @@ def chain(modules: Sequence[nn.Module]) -> Segments:
         raise ConfigError(
             f"segments needs a backbone, at least one level and a head; got {len(modules)} modules"
         )
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise ConfigError(
+                f"segments takes modules, not {type(module).__name__}: wrap what is none in a module"
+            )
     names = [f"segment{i}" for i in range(len(modules))]
     named = [_Named(name, module) for name, module in zip(names, modules, strict=True)]
     return Segments(named[0], tuple(named[1:-1]), named[-1], tuple(names[1:]))

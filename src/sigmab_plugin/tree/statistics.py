@@ -92,7 +92,7 @@ def collect_level(
     spool = Spool()
     done = 0
     for inputs in calibration.batches():
-        frontier = call(segments.backbone, inputs)
+        frontier = segments.enter(inputs)
         size = modalities[0].size(frontier)
         latent: torch.Tensor | None = None
         node = torch.zeros(size, dtype=torch.long)

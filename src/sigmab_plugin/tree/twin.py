@@ -116,7 +116,7 @@ def _mean_rows(
         for recorder in recorders:
             hooks.enter_context(recorder)
         for inputs in calibration.batches():
-            frontier = call(prepared.segments.backbone, inputs)
+            frontier = prepared.segments.enter(inputs)
             count += prepared.modalities[0].size(frontier)
             totals = []
             for level, (block, recorder) in enumerate(zip(prepared.segments.levels, recorders, strict=True)):
