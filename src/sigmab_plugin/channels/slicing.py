@@ -34,7 +34,7 @@ def slice_module(
         slices: tensor name -> {dim: kept indices, ascending}.
         attributes: submodule name -> attributes to set, for layers that no layout describes.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = computed_tensors(module)
     touched: set[str] = set()
     for name, tensor in named_tensors(module).items():
         if name not in slices:
@@ -58,6 +58,18 @@ def slice_module(
             # JSON knows no tuples.
             setattr(target, key, tuple(value) if isinstance(getattr(target, key), tuple) else value)
     return result
+
+
+def computed_tensors(module: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy with copies of what layers computed from their weights (weight norm, masks): it would refuse
+    those that carry a gradient's graph.
+    """
+    return {
+        id(value): value.detach().clone()
+        for submodule in module.modules()
+        for value in vars(submodule).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
 
 
 def _prefixes(name: str) -> list[str]:

@@ -16,7 +16,6 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +27,8 @@ from .anchors import Chain, ChannelAnchor, anchor_pruner, as_tuple
 from .groups import ChannelGroup, Member
 from .layouts import Layout, layout_of
 from .probe import Prober
+from .slicing import computed_tensors
+from .tracing import RECURRENT, recurrent_pruners, traceable
 
 _log = logging.getLogger(__name__)
 
@@ -75,15 +76,16 @@ def collect_groups(
 
     copied = _copy_sharing_weights(nn.ModuleList(tail))
     originals: dict[Any, Any] = dict(zip(_everything(nn.ModuleList(tail)), _everything(copied), strict=True))
-    with _traceable(copied), warnings.catch_warnings():
+    with traceable(copied), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
         detached = tuple(v.detach() if torch.is_tensor(v) else v for v in as_tuple(frontier))
         chain = Chain(list(copied), detached, channel_dim, output_transform)
         pruners: dict[type[nn.Module], Any] = {ChannelAnchor: anchor_pruner(tp)}
+        pruners.update(recurrent_pruners(tp, copied))
         pruners.update(customized_pruners or {})
         # Torch-Pruning's own keyword takes a list of pairs, whatever its annotation says.
         unwrapped = [(_counterpart(originals, p), dim) for p, dim in (unwrapped_parameters or [])]
-        ignored = [originals[layer] for layer in (ignored_layers or []) if layer in originals]
+        ignored = _inside(originals, ignored_layers or [])
         graph = tp.DependencyGraph()
         try:
             graph.build_dependency(
@@ -94,21 +96,22 @@ def collect_groups(
                 customized_pruners=pruners,
                 ignored_params=[p for p in ignored if isinstance(p, nn.Parameter)],
             )
+            roots = tuple(root_module_types or (nn.modules.conv._ConvNd, nn.Linear))
+            roots += tuple(kind for kind in (customized_pruners or {}) if isinstance(kind, type))
+            raw_groups = list(graph.get_all_groups(ignored_layers=[], root_module_types=list(roots)))
         except Exception as error:
             raise ModelError(
                 f"Torch-Pruning cannot trace the levels of this model: {error}. Give the layers that it cannot "
                 "follow as ignored_layers or customized_pruners, or cut the model elsewhere."
             ) from error
-        roots = tuple(root_module_types or (nn.modules.conv._ConvNd, nn.Linear))
-        roots += tuple(kind for kind in (customized_pruners or {}) if isinstance(kind, type))
         reader = _Reader(graph, chain, ignored, Prober(dict(customized_pruners or {})))
-        groups, scores = reader.read(roots, importance)
+        groups, scores = reader.read(raw_groups, importance)
     return CollectedGroups(groups, scores, reader.prober if reader.prober.used else None)
 
 
 def _copy_sharing_weights(modules: nn.ModuleList) -> nn.ModuleList:
     """A copy to hang hooks and anchors on; weights and gradients are only read, so they are not copied."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = computed_tensors(modules)
     for parameter in modules.parameters():
         shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
         shared.grad = parameter.grad
@@ -137,23 +140,17 @@ class _Reader:
         self.order = {key: i for i, key in enumerate(self.names.values())}
 
     def read(
-        self, roots: tuple[type, ...], importance: Callable[[Any], torch.Tensor | None] | None
+        self, raw_groups: Sequence[Any], importance: Callable[[Any], torch.Tensor | None] | None
     ) -> tuple[tuple[ChannelGroup, ...], dict[str, torch.Tensor]]:
         groups: dict[str, ChannelGroup] = {}
         scores: dict[str, torch.Tensor] = {}
-        for raw in self.graph.get_all_groups(ignored_layers=[], root_module_types=list(roots)):
+        for raw in raw_groups:
             group = self._group(raw)
             if group is None:
                 continue
             groups[group.name] = group
             if importance is not None and group.prunable:
-                score = importance(raw)
-                if score is None:
-                    raise ConfigError(
-                        f"the importance gives no score for the channels of {group.name!r} (it knows none of its "
-                        "layers); use another importance, or list the layer in ignored_layers"
-                    )
-                scores[group.name] = score.detach().float().cpu()
+                scores[group.name] = _score(importance, raw, group)
         ordered = sorted(groups.values(), key=lambda g: self.order.get(self._key(g), 0))
         return tuple(_without_conflicts(ordered)), scores
 
@@ -209,7 +206,7 @@ class _Reader:
             number, name = self.names[module]
             if role == "out" and module in self.ignored:
                 reasons.append(f"{name} is an ignored layer")
-            if isinstance(module, nn.LSTM):
+            if isinstance(module, RECURRENT):
                 reasons.append(f"{name} is recurrent")
                 continue
             layout = self.prober.layout(module)
@@ -233,7 +230,7 @@ class _Reader:
                     reasons.append(f"{name} has {blocks} blocks, of which the group holds a part")
             if role == "out" and not layout.coupled(module):
                 producers.append((number, name))
-        if not members:
+        if not members and not reasons:
             return None
         number, name = min(producers, key=lambda key: self.order[key]) if producers else self.names[root]
         for segment, layer, role, pairs in probed:
@@ -284,6 +281,11 @@ def _add_places(
         return f"{name} reads one channel as several"
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     for tensor, dim, positions, channels in layout.places(module, role, [p for p, _ in pairs]):
+        if tensor not in tensors:
+            return (
+                f"{name}: its {tensor} is computed from others (weight norm, a parametrization, a mask): make it plain "
+                "first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, prune.remove)"
+            )
         if len(positions) and max(positions) >= tensors[tensor].shape[dim]:
             return f"{name} has no channel {max(positions)}"
         full = f"{name}.{tensor}" if name else tensor
@@ -291,6 +293,30 @@ def _add_places(
         # A coupled layer is listed once for its inputs and once for its outputs.
         members.setdefault((number, full, dim), _member(number, full, dim, role, mapped, size))
     return ""
+
+
+def _score(importance: Callable[[Any], torch.Tensor | None], raw: Any, group: ChannelGroup) -> torch.Tensor:
+    """The importance of a group's channels, (size,)."""
+    kind = getattr(importance, "__name__", type(importance).__name__)
+    try:
+        score = importance(raw)
+    except Exception as error:
+        raise ConfigError(
+            f"importance {kind} fails on the channels of {group.name!r}: {type(error).__name__}: {error}. One that "
+            "reads gradients needs a backward pass through the model first"
+        ) from error
+    if score is None:
+        raise ConfigError(
+            f"the importance gives no score for the channels of {group.name!r} (it knows none of its "
+            "layers); use another importance, or list the layer in ignored_layers"
+        )
+    if not torch.is_tensor(score) or score.ndim != 1 or len(score) != group.size:
+        given = f"of shape {tuple(score.shape)}" if torch.is_tensor(score) else f"as {type(score).__name__}"
+        raise ConfigError(
+            f"importance {kind} gives scores {given} for the {group.size} channels of {group.name!r}; it must give "
+            f"a tensor of shape ({group.size},)"
+        )
+    return score.detach().float().cpu()
 
 
 def _without_conflicts(groups: Sequence[ChannelGroup]) -> Iterator[ChannelGroup]:
@@ -313,41 +339,6 @@ def _without_conflicts(groups: Sequence[ChannelGroup]) -> Iterator[ChannelGroup]
             yield group
 
 
-@contextmanager
-def _traceable(modules: nn.Module) -> Iterator[None]:
-    """Prepare a throw-away copy: gradients on, eval mode, PyG's Linear as an nn.Linear."""
-    modules.eval()
-    for parameter in modules.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    for module in modules.modules():
-        if (
-            f"{type(module).__module__}.{type(module).__qualname__}"
-            == "torch_geometric.nn.dense.linear.Linear"
-        ):
-            module.__class__ = _pyg_linear_class(type(module))
-    with torch.enable_grad():
-        yield
-
-
-_pyg_linear_classes: dict[type, type] = {}
-
-
-def _pyg_linear_class(kind: type) -> type:
-    """A subclass of PyG's Linear that Torch-Pruning takes for the nn.Linear that it is in effect."""
-    if kind not in _pyg_linear_classes:
-        _pyg_linear_classes[kind] = type(
-            "TraceableLinear",
-            (kind, nn.Linear),
-            {
-                "__module__": __name__,
-                "in_features": property(lambda self: self.in_channels),
-                "out_features": property(lambda self: self.out_channels),
-            },
-        )
-    return _pyg_linear_classes[kind]
-
-
 def _everything(module: nn.Module) -> list[Any]:
     return [*module.modules(), *module.parameters()]
 
@@ -358,3 +349,25 @@ def _counterpart(originals: Mapping[Any, Any], thing: Any) -> Any:
             f"{type(thing).__name__} of shape {getattr(thing, 'shape', '?')} is not part of the levels"
         )
     return originals[thing]
+
+
+def _inside(originals: Mapping[Any, Any], layers: Sequence[Any]) -> list[Any]:
+    """Counterparts of ignored layers and of everything in them, as Torch-Pruning expands containers."""
+    found: list[Any] = []
+    outside: list[str] = []
+    for layer in [layers] if isinstance(layers, (str, nn.Module)) else layers:
+        if not isinstance(layer, (nn.Module, nn.Parameter)):
+            raise ConfigError(
+                f"ignored_layers takes modules and parameters of the model, not {layer!r} "
+                f"({type(layer).__name__}); a name becomes a module by model.get_submodule(name)"
+            )
+        parts = layer.modules() if isinstance(layer, nn.Module) else (layer,)
+        inside = [originals[part] for part in parts if part in originals]
+        found += inside
+        if not inside:
+            outside.append(type(layer).__name__)
+    if outside:
+        _log.info(
+            "ignored_layers: %s lie outside the levels and the head, where nothing is cut", ", ".join(outside)
+        )
+    return found

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from ..channels import ChannelGroup
-from .modality import Modality, Points
+from ..errors import ModelError
+from .modality import Modality, Points, features
+from .segments import call
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ class InnerActivations:
 
     def __init__(self, segment: nn.Module, number: int, groups: Sequence[ChannelGroup]) -> None:
         self.columns: dict[str, slice] = {}
+        self._segment = segment
         self._readers: list[tuple[str, nn.Module]] = []
         self._seen: dict[str, torch.Tensor] = {}
         start = 0
@@ -59,8 +62,19 @@ class InnerActivations:
         return record
 
     def rows(self, frontier: Any, modality: Modality) -> torch.Tensor:
-        """Pooled activations of the batch that just ran from ``frontier``, (B, sum of C)."""
+        """Pooled activations of the batch that just ran from ``frontier``, (B, sum of C).
+
+        Raises:
+            ModelError: a layer is not given one row per sample, nor an equal number of rows in a block per sample.
+        """
         size = modality.size(frontier)
+        parts = self._pooled(frontier, modality)
+        if any(len(part) != size for part in parts):
+            parts = self._folded(parts, frontier, modality)
+        return torch.cat(parts, dim=1) if parts else torch.empty(size, 0)
+
+    def _pooled(self, frontier: Any, modality: Modality) -> list[torch.Tensor]:
+        """What each reader was given in the last run, with one row for each of its first dimension."""
         parts = []
         for group, module in self._readers:
             x = self._seen.pop(group)
@@ -70,9 +84,40 @@ class InnerActivations:
                 channels = 1 if isinstance(module, nn.modules.conv._ConvNd) else x.ndim - 1
                 others = [dim for dim in range(1, x.ndim) if dim != channels]
                 parts.append(x.mean(dim=others) if others else x)
-            if parts[-1].shape[0] != size:
-                raise RuntimeError(f"{group}: {parts[-1].shape[0]} rows for {size} samples")
-        return torch.cat(parts, dim=1) if parts else torch.empty(size, 0)
+        return parts
+
+    def _folded(self, parts: list[torch.Tensor], frontier: Any, modality: Modality) -> list[torch.Tensor]:
+        """The mean over a sample's rows where a level folds windows into the batch.
+
+        Shapes do not tell whether a sample's windows lie together: the samples run once more in
+        reverse, and whole blocks must come out in reverse.
+        """
+        size = modality.size(frontier)
+        order = torch.arange(size - 1, -1, -1, device=features(frontier).device)
+        backwards = modality.take(frontier, order)
+        call(self._segment, backwards)
+        again = self._pooled(backwards, modality)
+        result = []
+        for (group, _), part, other in zip(self._readers, parts, again, strict=True):
+            if len(part) == size:
+                result.append(part)
+                continue
+            blocks = part.reshape(size, -1, part.shape[1]) if size and len(part) % size == 0 else None
+            if blocks is None or not _close(blocks.flip(0).flatten(0, 1), other):
+                raise ModelError(
+                    f"the layer that reads {group!r} is given {len(part)} rows for {size} samples, and they are not a "
+                    "block of rows for each sample in order: choose inner planes by inner_selection='norm'"
+                )
+            result.append(blocks.mean(dim=1))
+        return result
+
+
+def _close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Equal up to the rounding of sums in another order, which is small beside what tells rows apart."""
+    if first.shape != second.shape:
+        return False
+    spread = float((first - first.mean(dim=0)).abs().max())
+    return float((first - second).abs().max()) <= 1e-2 * spread + 1e-5 * float(first.abs().max())
 
 
 def _reader(segment: nn.Module, number: int, group: ChannelGroup) -> str | None:
