@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +53,33 @@ def test_a_dataset_works_with_torchs_own_loader(clouds: ArrayDataset) -> None:
     loader = torch.utils.data.DataLoader(clouds, batch_size=4, collate_fn=clouds.collate_fn)
     (pos, batch), labels = next(iter(loader))
     assert (tuple(pos.shape), batch.tolist()[::16], labels.tolist()) == ((64, 3), [0, 1, 2, 3], [0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("kind", ["<f4", ">f4"], ids=["little endian", "big endian"])
+def test_reading_leaves_the_array_as_it_was(kind: str) -> None:
+    values = np.full((4, 3), 16, dtype=kind)
+    dataset = ArrayDataset(values, [0, 1, 0, 1], ["a", "b"], "features", scale=1 / 16, offset=16.0)
+    for _ in range(2):
+        assert dataset[1][0].tolist() == dataset.batch([1])[0][0].tolist() == [2.0, 2.0, 2.0]
+    assert (values == 16).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_read_only_memory_map_is_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((4, 3), np.float32))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    # In a process of its own: writing to the map would end it.
+    code = f"""
+import warnings
+warnings.simplefilter("error")
+import numpy as np
+from sigmab_plugin.data import ArrayDataset
+values = np.load({str(tmp_path / "a.npy")!r}, mmap_mode="r")
+print(ArrayDataset(values, [0, 1, 0, 1], ["a", "b"], "features", offset=1.0)[2][0].tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[2.0, 2.0, 2.0]"), done.stderr
+    assert (mapped == 1).all()
 
 
 def test_order_and_augmentation_depend_on_seed_and_epoch_alone(clouds: ArrayDataset) -> None:
@@ -130,11 +160,24 @@ def test_cloud_augmentation_keeps_sizes_and_bounds(clouds: ArrayDataset) -> None
             ArrayDataset(np.zeros((1, 2)), [0], ["a"], "features"), fraction=0.5, seed=0
         ),
         lambda d: ArrayDataset(np.zeros((2, 2)), [0, 5], ["a"], "features"),
+        lambda d: ArrayDataset(np.zeros((2, 2)), [0.0, 0.5], ["a"], "features"),
+        lambda d: ArrayDataset(np.zeros((2, 2)), ["a", "a"], ["a"], "features"),
         lambda d: ArrayDataset(np.zeros((2, 2)), [0], ["a"], "features"),
         lambda d: ArrayDataset(np.zeros((0, 2)), [], ["a"], "video"),
         lambda d: collate([(torch.zeros(2), 0), (torch.zeros(3), 0)]),
     ],
-    ids=["batch size", "rank", "fraction", "single", "label", "length", "kind", "shapes"],
+    ids=[
+        "batch size",
+        "rank",
+        "fraction",
+        "single",
+        "label",
+        "fraction of a label",
+        "text",
+        "length",
+        "kind",
+        "shapes",
+    ],
 )
 def test_bad_arguments_are_refused(clouds: ArrayDataset, call) -> None:
     with pytest.raises(ConfigError):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sigmab_plugin.data import open_dataset
+from sigmab_plugin.data import open_dataset, splits_of
 from sigmab_plugin.errors import ConfigError, FormatError
 
 Image = pytest.importorskip("PIL.Image")
@@ -120,7 +120,7 @@ def test_arrays_by_split_and_their_kinds(tmp_path: Path) -> None:
     train = open_dataset(tmp_path / "a.npz", split="train", mean=(0, 0, 0), std=(1, 1, 1))
     assert (len(train), train.kind) == (4, "image")
     torch.testing.assert_close(train[1][0], torch.from_numpy(images[1]).float() / 255)
-    with pytest.raises(ConfigError, match="test, train"):
+    with pytest.raises(ConfigError, match="'test', 'train'"):
         open_dataset(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", x=generator.random((3, 7)), y=[0, 1, 2], words=["down", "go", "left"])
     features = open_dataset(tmp_path / "b.npz")
@@ -145,6 +145,97 @@ def test_hdf5_folders_by_split(tmp_path: Path) -> None:
     assert np.array_equal(open_dataset(files).labels, train.labels)
     with pytest.raises(ConfigError, match="several splits"):
         open_dataset(tmp_path)
+
+
+def test_a_split_that_an_archive_lacks_is_refused(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "both.npz", train_x=np.zeros((4, 2)), train_y=[0, 1, 2, 1], test_x=[[0.0, 0]], test_y=[1]
+    )
+    np.savez(tmp_path / "plain.npz", x=np.zeros((2, 2)), y=[0, 1])
+    np.savez(tmp_path / "clouds-test.npz", points=np.zeros((2, 4, 3), np.float32), labels=[0, 1])
+    with pytest.raises(ConfigError, match=r"no split 'val' \(there: 'test', 'train'\)"):
+        open_dataset(tmp_path / "both.npz", split="val")
+    with pytest.raises(ConfigError, match="no splits; leave split out"):
+        open_dataset(tmp_path / "plain.npz", split="train")
+    with pytest.raises(ConfigError, match=r"no split 'train' \(there: 'test'\)"):
+        open_dataset(tmp_path / "clouds-test.npz", split="train")
+    assert len(open_dataset(tmp_path / "plain.npz")) == 2
+    assert len(open_dataset(tmp_path / "clouds-test.npz", split="test")) == 2
+    names = ("both", "plain", "clouds-test")
+    assert [splits_of(tmp_path / f"{name}.npz") for name in names] == [("test", "train"), (), ("test",)]
+    # A class that the test part lacks is counted all the same.
+    assert open_dataset(tmp_path / "both.npz", split="test").classes == ["0", "1", "2"]
+
+
+def test_normalisation_fits_the_channels_or_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "grey.npz", x=np.full((2, 4, 4, 1), 255, np.uint8), y=[0, 1])
+    np.savez(tmp_path / "features.npz", x=np.zeros((2, 5)), y=[0, 1])
+    assert open_dataset(tmp_path / "grey.npz")[0][0].unique().tolist() == [1.0]
+    values = open_dataset(tmp_path / "grey.npz", mean=(0.5,), std=(0.25,))[0][0]
+    assert values.unique().tolist() == [2.0]
+    with pytest.raises(ConfigError, match="mean= has 3 values but the images have 1 channels"):
+        open_dataset(tmp_path / "grey.npz", mean=(0.5, 0.5, 0.5))
+    with pytest.raises(ConfigError, match="leave them out"):
+        open_dataset(tmp_path / "features.npz", std=(0.5,))
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [(["cat", "dog"], "whole numbers"), ([0.2, 1.7], "got 0.2"), ([0, np.nan], "got nan"), ([], "2, 3")],
+    ids=["strings", "fractions", "nan", "too few"],
+)
+def test_labels_that_are_no_class_indices_are_refused(
+    tmp_path: Path, labels: list[object], words: str
+) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 3)), y=np.array(labels))
+    with pytest.raises(FormatError, match=rf"a\.npz: .*{words}"):
+        open_dataset(tmp_path / "a.npz")
+
+
+def test_whole_labels_of_any_number_type_are_taken(tmp_path: Path) -> None:
+    for kind in (np.uint8, np.float64, ">i4"):
+        np.savez(tmp_path / "a.npz", x=np.zeros((3, 3), ">f4"), y=np.array([2, 0, 1], kind))
+        dataset = open_dataset(tmp_path / "a.npz")
+        assert dataset.labels.tolist() == [2, 0, 1]
+        assert dataset[0][0].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("values", [np.zeros((0, 3)), np.array(["a", "b"])], ids=["empty", "text"])
+def test_arrays_without_numbers_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    np.savez(tmp_path / "a.npz", x=values, y=np.zeros(len(values), np.int64))
+    with pytest.raises(FormatError, match=r"a\.npz: x holds"):
+        open_dataset(tmp_path / "a.npz")
+
+
+def _write_clouds(file: Path, count: int, points: int, labels: list[int]) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(file, "w") as stream:
+        stream["data"], stream["label"] = np.zeros((count, points, 3), np.float32), np.array(labels, np.int64)
+
+
+def test_hdf5_files_that_cannot_be_one_dataset_are_refused(tmp_path: Path) -> None:
+    _write_clouds(tmp_path / "train0.h5", 1, 10, [0])
+    _write_clouds(tmp_path / "train1.h5", 2, 12, [0, 1])
+    _write_clouds(tmp_path / "test0.h5", 1, 10, [0])
+    _write_clouds(tmp_path / "none.h5", 0, 10, [])
+    with pytest.raises(FormatError, match=r"train0\.h5 10, train1\.h5 12"):
+        open_dataset(tmp_path, split="train")
+    with pytest.raises(FormatError, match=r"none\.h5: no samples"):
+        open_dataset(tmp_path / "none.h5")
+    _write_clouds(tmp_path / "odd.h5", 2, 10, [0])
+    with pytest.raises(FormatError, match=r"odd\.h5: data must be"):
+        open_dataset(tmp_path / "odd.h5")
+
+
+def test_hdf5_splits_agree_on_the_classes(tmp_path: Path) -> None:
+    _write_clouds(tmp_path / "train0.h5", 3, 10, [0, 1, 2])
+    _write_clouds(tmp_path / "test0.h5", 2, 10, [0, 1])
+    assert splits_of(tmp_path) == ("test", "train")
+    assert open_dataset(tmp_path, split="test").classes == ["0", "1", "2"]
+    with pytest.raises(ConfigError, match=r"no split 'val' \(there: 'test', 'train'\)"):
+        open_dataset(tmp_path, split="val")
+    _write_clouds(tmp_path / "clouds.h5", 2, 10, [0, 1])
+    assert splits_of(tmp_path / "clouds.h5") == ()
 
 
 # --- damaged input ----------------------------------------------------------------------------------------
@@ -193,3 +284,31 @@ def test_unknown_layouts_say_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(FormatError, match="no images"):
         open_dataset(tmp_path / "none")
+
+
+@pytest.mark.parametrize("suffix", ["npz", "zip"])
+def test_damage_anywhere_is_a_format_error(tmp_path: Path, suffix: str) -> None:
+    """Two bytes are turned over, everywhere in turn; the file then opens, or is refused."""
+    file = tmp_path / f"a.{suffix}"
+    rows, columns = np.mgrid[0:24, 0:24]
+    if suffix == "npz":
+        np.savez_compressed(file, x=np.sin(rows * columns), y=np.arange(24) % 2)
+    else:
+        Image.fromarray(np.stack([rows * 9, columns * 9, rows * columns % 251], -1).astype(np.uint8)).save(
+            tmp_path / "a.bmp"
+        )
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in ("cat", "dog"):
+                archive.write(tmp_path / "a.bmp", f"{name}/0.bmp")
+    whole = file.read_bytes()
+    refused = 0
+    for position in range(0, len(whole) - 1, 13):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0xFF
+        damaged[position + 1] ^= 0xFF
+        file.write_bytes(damaged)
+        try:
+            open_dataset(file)
+        except FormatError:
+            refused += 1
+    assert refused > len(whole) // 13 // 2

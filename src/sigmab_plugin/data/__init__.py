@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .augment import cifar_augment, point_cloud_augment
 from .dataset import ArrayDataset, Dataset, Subset, split_validation
-from .files import digits, open_dataset
+from .files import digits, open_dataset, splits_of
 from .loader import Loader
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "open_dataset",
     "point_cloud_augment",
     "split_validation",
+    "splits_of",
 ]

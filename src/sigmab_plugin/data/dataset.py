@@ -14,6 +14,22 @@ from ..errors import ConfigError
 KINDS = ("image", "points", "features")
 
 
+def class_indices(labels: Any) -> np.ndarray:
+    """Labels as (N,) int64.
+
+    Raises:
+        ConfigError: they are no whole numbers.
+    """
+    values = np.asarray(labels).reshape(-1)
+    if values.dtype.kind not in "biuf":
+        raise ConfigError(f"labels must be class indices, whole numbers from 0; got {values.dtype}")
+    whole = values if values.dtype.kind != "f" else np.nan_to_num(values).round()
+    if not np.array_equal(whole, values):
+        odd = values[whole != values][0]
+        raise ConfigError(f"labels must be class indices, whole numbers from 0; got {odd}")
+    return whole.astype(np.int64)
+
+
 class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """Yields ``(tensor, label)``; also a map-style dataset for ``torch.utils.data.DataLoader``.
 
@@ -25,7 +41,7 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, labels: Any, classes: Sequence[str], kind: str) -> None:
-        self.labels = np.asarray(labels, dtype=np.int64).reshape(-1)
+        self.labels = class_indices(labels)
         self.classes = list(classes)
         if kind not in KINDS:
             raise ConfigError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
@@ -79,7 +95,8 @@ class ArrayDataset(Dataset):
 
     def decode(self, values: np.ndarray) -> Tensor:
         """Raw (B, ...) values as float32, normalised, channels first."""
-        tensor = torch.from_numpy(np.ascontiguousarray(values)).float()
+        # Always a copy: the values may be the caller's, or mapped read-only, or of the other byte order.
+        tensor = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
         if self.channels_last:
             tensor = tensor.movedim(-1, 1).contiguous()
         return tensor.add_(self.offset).mul_(self.scale)
