@@ -187,7 +187,7 @@ def test_what_a_recurrent_layer_reads_is_kept(head: Callable[[], nn.Module]) -> 
     assert groups["b.0"] == groups["c.0"] == ""
     assert groups["c.2"] == "d.layer is recurrent"
     if isinstance(model.d, BesideLinear):
-        # Torch-Pruning before 1.6 takes everything that is concatenated for one group.
+        # Torch-Pruning 1.3 takes everything that is concatenated for one group.
         assert groups["d.beside"] in ("", "d.layer is recurrent")
     assert torch.isfinite(_build(model, data)(data[0])).all()
 
