@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -9,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sigmab_plugin.errors import FormatError
+from sigmab_plugin.errors import ConfigError, FormatError
 from sigmab_plugin.report import Curve, ReportData, render, write_report
 from sigmab_plugin.report.tree_figure import tree_svg
 
@@ -141,6 +142,41 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     page, record = write_report(tmp_path / "report.html", ReportData("t", rows=(row,), curves=(lost,)))
     assert json.loads(record.read_text())["curves"][0]["values"]["train_loss"] == [1.0, None]
     assert "nan" not in Page(page.read_text(encoding="utf-8")).text
+
+
+def test_a_report_with_numbers_that_were_not_finite_is_drawn_again() -> None:
+    panel = replace(report().channels[0], activation=((0.1, float("nan"), 0.5, 0.0), (0.9, 0.1, 0.6, 0.0)))
+    lost = replace(report(), channels=(panel,))
+    again = ReportData.from_dict(json.loads(json.dumps(lost.to_dict())))
+    assert again.channels[0].activation[0][1] is None
+    assert render(again) == render(lost)
+
+
+@pytest.mark.parametrize("name", ["report.json", "report", "report.txt"])
+def test_a_page_that_is_not_named_html_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"ends in \.html"):
+        write_report(tmp_path / name, report())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ['{"format": "sigmab-plan"}', "[]", "no JSON"])
+def test_only_the_numbers_of_a_report_are_replaced(tmp_path: Path, content: str) -> None:
+    other = tmp_path / "plan.json"
+    other.write_text(content)
+    with pytest.raises(ConfigError, match=r"would replace .*plan\.json"):
+        write_report(tmp_path / "plan.html", report())
+    assert other.read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    for _ in range(2):
+        write_report(tmp_path / "mine.htm", report())
+    assert (tmp_path / "mine.json").exists()
+
+
+def test_names_that_are_not_utf8_do_not_lose_the_report(tmp_path: Path) -> None:
+    name = os.fsdecode(b"d\xff.npz")
+    page, record = write_report(tmp_path / "report.html", replace(report(), title=name))
+    assert ReportData.from_dict(json.loads(record.read_text(encoding="utf-8"))).title == name
+    assert "d\\udcff.npz" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def train(rank: int, folder: Path, kind: str, norm: bool) -> None:
 def resume(rank: int, folder: Path) -> None:
     options = {"epochs": 3, "recipe": QUICK, "checkpoint_dir": folder / "run", "progress": False}
     stopped = finetune(tree(norm=False), sharded(8), max_seconds=0.0, **options)  # type: ignore[arg-type]
-    net = tree(norm=False, seed=7)
+    net = tree(norm=False, seed=rank)
     finetune(net, sharded(8), **options)  # type: ignore[arg-type]
     whole = tree(norm=False)
     finetune(whole, sharded(8), epochs=3, recipe=QUICK, progress=False)

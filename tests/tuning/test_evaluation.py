@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -66,3 +67,23 @@ def test_no_samples_and_wrong_targets() -> None:
     images, targets = samples(8)
     with pytest.raises(TrainingError, match="out of range"):
         evaluate(dense(), [(images, targets + 3)])
+
+
+class _Pair(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.flatten(1), images
+
+
+def test_an_output_that_is_no_logits() -> None:
+    images, targets = samples(8)
+    with pytest.raises(TrainingError, match=r"must return logits \(B, C\) .* it returned tuple"):
+        evaluate(_Pair(), [(images, targets)])
+    with pytest.raises(TrainingError, match=r"it returned \(8, 1, 6, 6\)"):
+        evaluate(torch.nn.Identity(), [(images, targets)])
+
+
+@pytest.mark.parametrize("make", [tree, dense])
+def test_targets_of_another_length(make: Callable[[], torch.nn.Module]) -> None:
+    images, targets = samples(8)
+    with pytest.raises(TrainingError, match=r"class indices \(8,\) .*; got shape \(5,\)"):
+        evaluate(make(), [(images, targets[:5])])

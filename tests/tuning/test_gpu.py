@@ -40,7 +40,7 @@ def test_a_tree_learns_from_a_teacher_on_the_cpu(amp: bool) -> None:
 
 def test_resuming_restores_weights_and_optimiser(tmp_path: Path) -> None:
     options = {"epochs": 3, "recipe": QUICK, "device": "cuda", "progress": False}
-    whole, first, second = tree(), tree(), tree(seed=3)
+    whole, first, second = tree(), tree(), tree()
     finetune(whole, loader(), **options)  # type: ignore[arg-type]
     finetune(first, loader(), checkpoint_dir=tmp_path, max_seconds=0.0, **options)  # type: ignore[arg-type]
     finetune(second, loader(), checkpoint_dir=tmp_path, **options)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from .data import (
     TreeFigure,
     TreePart,
 )
-from .html import render, write_report
+from .html import check_report_path, render, write_report
 from .tables import Table, counts_table, rows_to_json
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Table",
     "TreeFigure",
     "TreePart",
+    "check_report_path",
     "counts_table",
     "leaf_shares",
     "leaf_statistics",

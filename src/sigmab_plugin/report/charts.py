@@ -44,10 +44,15 @@ class Level:
 
 @dataclass(frozen=True)
 class Cloud:
-    """One kind of dots of a scatter."""
+    """One kind of dots of a scatter; those with a coordinate that is None are left out."""
 
     color: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[tuple[float | None, float | None]]
+
+    def finite(self) -> Iterator[tuple[float, float]]:
+        for x, y in self.points:
+            if x is not None and y is not None and math.isfinite(x) and math.isfinite(y):
+                yield x, y
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -115,11 +120,8 @@ def scatter(clouds: Sequence[Cloud], *, label: str, x_title: str, y_title: str) 
 
     A cloud is one path of zero-length strokes with round caps: a few bytes per dot.
     """
-    finite = [
-        Cloud(cloud.color, [point for point in cloud.points if all(map(math.isfinite, point))])
-        for cloud in clouds
-    ]
-    values = [value for cloud in finite for point in cloud.points for value in point]
+    finite = [(cloud.color, list(cloud.finite())) for cloud in clouds]
+    values = [value for _, points in finite for point in points for value in point]
     if not values:
         return ""
     low, high = _with_margin(min(values), max(values))
@@ -132,12 +134,12 @@ def scatter(clouds: Sequence[Cloud], *, label: str, x_title: str, y_title: str) 
     (x1, y1), (x2, y2) = frame.at(low, low), frame.at(high, high)
     diagonal = tag("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke="var(--line-strong)", stroke_dasharray="4 4")
     parts.append(diagonal)
-    many = sum(len(cloud.points) for cloud in finite) > 400
-    for cloud in finite:
-        if cloud.points:
-            path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in (frame.at(*point) for point in cloud.points))
+    many = sum(len(points) for _, points in finite) > 400
+    for color, points in finite:
+        if points:
+            path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in (frame.at(*point) for point in points))
             parts.append(
-                tag("path", d=path, fill="none", stroke=cloud.color, stroke_width=4 if many else 6.5,
+                tag("path", d=path, fill="none", stroke=color, stroke_width=4 if many else 6.5,
                     stroke_linecap="round", stroke_opacity=".6" if many else ".8")
             )  # fmt: skip
     return _svg(parts, label, height)

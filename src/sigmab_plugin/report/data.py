@@ -87,12 +87,13 @@ class LeafStatistics:
 class ChannelPanel:
     """Mean activation of every dense channel under both clusters of a node, and who keeps it.
 
-    ``kept[c]`` is ``shared``, ``0``, ``1`` or ``dropped``; lengths agree with ``activation``'s rows.
+    ``kept[c]`` is ``shared``, ``0``, ``1`` or ``dropped``; lengths agree with ``activation``'s rows, in which None
+    is a value that was not finite.
     """
 
     node: str
     group: str
-    activation: tuple[tuple[float, ...], tuple[float, ...]]
+    activation: tuple[tuple[float | None, ...], tuple[float | None, ...]]
     kept: tuple[str, ...]
 
 

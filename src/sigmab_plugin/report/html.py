@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
+from ..errors import ConfigError
 from ..tuning.checkpoint import write_atomically
 from . import format as fmt
 from .data import ReportData, Row, Section
@@ -31,18 +32,49 @@ PARTS: tuple[tuple[str, Callable[[ReportData], str]], ...] = (
 def write_report(path: str | os.PathLike[str], data: ReportData) -> tuple[Path, Path]:
     """Write the page to ``path`` and its data beside it with the suffix ``.json``.
 
-    Each file is written under a temporary name and renamed, so that a page is never half there.
+    Each file is written under a temporary name and renamed, so that a page is never half there. Characters that
+    UTF-8 cannot hold (of file names that are not UTF-8) are written as escapes.
 
     Returns:
         Paths of the page and of the JSON.
+
+    Raises:
+        ConfigError: as :func:`check_report_path`.
+    """
+    page, record = check_report_path(path)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(data.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(record, (text + "\n").encode(errors="backslashreplace"))
+    write_atomically(page, render(data).encode(errors="backslashreplace"))
+    return page, record
+
+
+def check_report_path(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Paths of the page and of the JSON that :func:`write_report` would write; nothing is written.
+
+    For callers that measure for long before they write.
+
+    Raises:
+        ConfigError: ``path`` does not end in ``.html`` or ``.htm``, or a JSON file that is no report has the
+            name of the report's own.
     """
     page = Path(path)
-    page.parent.mkdir(parents=True, exist_ok=True)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"a report is an HTML page: give a name that ends in .html; got {page}")
     record = page.with_suffix(".json")
-    text = json.dumps(data.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(record, (text + "\n").encode())
-    write_atomically(page, render(data).encode())
+    if record.exists() and not _is_report(record):
+        raise ConfigError(
+            f"the report's numbers would replace {record}, which is not a report; give the page another name"
+        )
     return page, record
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == "sigmab-report"
 
 
 def render(data: ReportData) -> str:

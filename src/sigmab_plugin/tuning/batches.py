@@ -88,6 +88,33 @@ def check_targets(targets: Tensor, classes: int) -> None:
             )
 
 
+def check_shape(targets: Tensor, samples: int, classes: int) -> None:
+    """Refuse targets that are not one per sample.
+
+    Raises:
+        TrainingError: naming the shapes expected and found.
+    """
+    if targets.shape not in ((samples,), (samples, classes)):
+        raise TrainingError(
+            f"targets must be class indices ({samples},) or soft labels ({samples}, {classes}); "
+            f"got shape {tuple(targets.shape)}"
+        )
+
+
+def check_logits(output: Any) -> Tensor:
+    """The output of a network, which must be logits (B, C).
+
+    Raises:
+        TrainingError: it is something else.
+    """
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise TrainingError(
+            f"the network must return logits (B, C) to be trained or evaluated here; it returned {got}"
+        )
+    return output
+
+
 def class_indices(targets: Tensor) -> Tensor:
     """(B,) class indices; of soft labels the largest entry."""
     return targets.argmax(1) if targets.dim() == 2 else targets

@@ -21,7 +21,7 @@ from .batches import inputs_of, sample_count, to_device
 from .distributed import all_reduce_sum, rank
 from .evaluation import hard_routing, module_device
 from .objective import is_tree
-from .seeding import preserve_random_state, seed_epoch
+from .seeding import loader_left_as_found, preserve_random_state, seed_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def reestimate_batchnorm(
         TrainingError: empty loader.
     """
     place = torch.device(device) if device is not None else module_device(net)
-    with hard_routing(net), torch.no_grad(), preserve_random_state():
+    with hard_routing(net), torch.no_grad(), preserve_random_state(), loader_left_as_found(loader):
         if is_tree(net) and per_leaf:
             walk = _TreeWalk(net)
             for stage in walk.stages():

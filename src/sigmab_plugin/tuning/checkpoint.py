@@ -51,7 +51,7 @@ def load_training(
             first tensor that does not fit).
     """
     tensors, header = _read(path, "training")
-    weights = {name[len("model.") :]: value for name, value in tensors.items() if name.startswith("model.")}
+    weights = _weights(tensors, header)
     check_fit(path, net, weights)
     state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in header["optimizer"].items()}
     for name, value in tensors.items():
@@ -88,12 +88,20 @@ def load_weights(path: str | os.PathLike[str], net: nn.Module) -> dict[str, Any]
         FormatError: as :func:`load_training`.
     """
     tensors, header = _read(path, None)
-    if header["kind"] == "training":
-        tensors = {k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}
+    tensors = _weights(tensors, header)
     check_fit(path, net, tensors)
     net.load_state_dict(tensors)
     scalars: dict[str, Any] = header["scalars"]
     return scalars
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The network's tensors of a ``best`` or ``last`` checkpoint, under its own names.
+
+    Raises:
+        FormatError: as :func:`load_training`.
+    """
+    return _weights(*_read(path, None))
 
 
 def check_fit(path: str | os.PathLike[str], net: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -130,6 +138,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _weights(tensors: dict[str, Tensor], header: Mapping[str, Any]) -> dict[str, Tensor]:
+    if header["kind"] != "training":
+        return tensors
+    return {name[len("model.") :]: value for name, value in tensors.items() if name.startswith("model.")}
 
 
 def _check_optimizer(

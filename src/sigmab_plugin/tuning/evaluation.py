@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..counting import as_arguments
 from ..errors import TrainingError
-from .batches import check_targets, class_indices, split_batch, to_device
+from .batches import check_logits, check_shape, check_targets, class_indices, split_batch, to_device
 from .distributed import all_reduce_sum
 from .objective import is_tree, leaf_names
 
@@ -73,7 +73,7 @@ def evaluate(
         amp: bf16 autocast.
 
     Raises:
-        TrainingError: no samples, or targets out of range.
+        TrainingError: no samples, targets out of range or not one per sample, or an output that is not logits.
     """
     place = torch.device(device) if device is not None else module_device(net)
     leaves = len(leaf_names(net))
@@ -88,6 +88,7 @@ def evaluate(
             if totals is None:
                 totals = torch.zeros(max(1, leaves) * classes * 2, dtype=torch.long, device=place)
             check_targets(targets, classes)
+            check_shape(targets, len(logits), classes)
             labels = class_indices(targets)
             correct = (logits.argmax(1) == labels).long()
             cell = (leaf * classes + labels) * 2
@@ -104,7 +105,7 @@ def _routed_logits(net: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
     if is_tree(net):
         routed: tuple[Tensor, Tensor] = net.forward_routed(*as_arguments(inputs))  # type: ignore[operator]
         return routed
-    logits = net(*as_arguments(inputs))
+    logits = check_logits(net(*as_arguments(inputs)))
     return logits, torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
 
 

@@ -91,10 +91,13 @@ class History:
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write ``path`` with suffix ``.json`` and ``.csv``, each atomically."""
+        """Write ``path`` with ``.json`` and ``.csv`` appended, each atomically; it may end in one of them already."""
         stem = Path(path)
-        write_atomically(stem.with_suffix(".json"), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
-        write_atomically(stem.with_suffix(".csv"), self._csv().encode())
+        if stem.suffix in (".json", ".csv"):  # any other, as in "lr0.05", is part of the name
+            stem = stem.with_suffix("")
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        write_atomically(stem.with_name(f"{stem.name}.json"), text.encode())
+        write_atomically(stem.with_name(f"{stem.name}.csv"), self._csv().encode())
 
     def _csv(self) -> str:
         shares = [f"share_{leaf}" for leaf in self.leaves]

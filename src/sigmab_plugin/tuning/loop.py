@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..counting import as_arguments
-from ..errors import ConfigError, FormatError, TrainingError
+from ..errors import ConfigError, TrainingError
 from . import checkpoint
 from .batches import check_targets, split_batch, to_device
 from .batchnorm import reestimate_batchnorm
@@ -21,13 +21,15 @@ from .distributed import all_reduce_sum, barrier, broadcast_object, is_distribut
 from .evaluation import Evaluation, balance, evaluate, module_device
 from .finite import FiniteLoss
 from .history import EpochRecord, History, best_epoch
+from .identity import check_identity, started_from
+from .lone_sample import has_lone_sample, lone_sample_refused
 from .objective import Objective, leaf_names
 from .optimizer import build_optimizer
 from .progress import Progress
 from .recipe import DEFAULT, TrainRecipe, as_recipe
 from .schedule import learning_rate, router_temperature
 from .scopes import backbone_of, frozen, left_as_found, synchronised
-from .seeding import preserve_random_state, seed_epoch
+from .seeding import loader_left_as_found, preserve_random_state, seed_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +56,15 @@ def finetune(
 ) -> History:
     """Train ``net`` in place: a tree with soft routing (eq. 8), any other module with cross-entropy.
 
-    The network keeps the mode (train or eval) it had, and frozen parameters stay frozen. Under an
+    The network keeps the mode (train or eval) and the gradients it had, and frozen parameters stay frozen. Under an
     initialised process group gradients and metrics are averaged over ranks; each rank's loader brings its
     part (``DistributedSampler``), rank 0 writes the files.
 
     Args:
         net: a tree, or a module whose output is logits (B, C).
         train_loader: has a length and can be read again; yields (inputs, targets) or torch-geometric batches
-            with ``y``. Data order is a function of (seed, epoch), see :func:`.seeding.seed_epoch`.
+            with ``y``. Data order is a function of (seed, epoch), see :func:`.seeding.seed_epoch`; a
+            :class:`~sigmab_plugin.data.Loader` goes by its own seed instead of this one.
         epochs: total number, those of an earlier, resumed call included; by default the recipe's.
         recipe: ``"default"``, a published one (``"imagenet"``, ``"cifar100"``, ``"modelnet40"``) or a
             :class:`TrainRecipe`.
@@ -71,10 +74,12 @@ def finetune(
         device: where to train; ``net`` stays there. By default the device of its first parameter.
         checkpoint_dir: folder of ``last.safetensors`` and ``best.safetensors``.
         resume: go on from ``last.safetensors`` if it is there; on CPU the result equals that of a run that
-            was never stopped.
-        log: stem of the CSV and JSON log; by default ``log`` in ``checkpoint_dir``.
-        progress: show a progress bar.
-        seed: of data order, augmentation and dropout.
+            was never stopped. Give the network as it was given at first, or as the run left it.
+        log: path of the CSV and JSON log, to which ``.csv`` and ``.json`` are appended; by default ``log`` in
+            ``checkpoint_dir``.
+        progress: show a progress bar on standard error.
+        seed: of dropout, and of the order and augmentation that a DataLoader or the global generators decide.
+            The package's own Loader has a seed of its own: give both the same to vary all with one number.
         max_seconds: stop after the epoch that leaves too little time for another; call again to go on.
         sync_batchnorm: BatchNorm statistics over all ranks while training (CUDA).
 
@@ -83,13 +88,16 @@ def finetune(
 
     Raises:
         ConfigError: options that contradict each other.
-        TrainingError: empty or one-shot loader, targets that do not fit, a loss that is not finite.
-        FormatError: the checkpoint is damaged or belongs to another network or run.
+        TrainingError: empty or one-shot loader, targets that do not fit, a loss that is not finite, a batch of
+            one sample before BatchNorm.
+        FormatError: the checkpoint is damaged or belongs to another run: other settings, another network, other
+            weights at its start, another teacher, other data.
     """
     used, total = _settings(net, as_recipe(recipe), epochs, teacher)
     fixed = backbone_of(net) if used.freeze_backbone else None
     with (
         preserve_random_state(),
+        loader_left_as_found(train_loader),
         left_as_found(net, teacher),
         synchronised(net, sync_batchnorm),
         frozen(fixed),
@@ -166,9 +174,13 @@ class _Run:
         self.objective = Objective(net, recipe)
         self.starved = False
         self.lr = recipe.lr
+        self.lone_sample = has_lone_sample(loader)
+        self.identity: dict[str, Any] = {}
 
     def train(self, *, resume: bool, progress: bool, max_seconds: float | None) -> History:
         started = time.perf_counter()
+        if self.folder is not None:
+            self.identity = self._identity()
         if resume:
             self._resume()
         model = DistributedDataParallel(self.objective) if is_distributed() else self.objective
@@ -233,7 +245,10 @@ class _Run:
                 check_targets(targets, self.objective.classes)
             inputs, targets = to_device(inputs, device), targets.to(device, non_blocking=True)
             lr = self.lr = self._set_learning_rate(epoch * self.steps + step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
+            with (
+                torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp),
+                lone_sample_refused(self.net, len(targets), ahead=self.lone_sample and not done),
+            ):
                 loss, counts = model(inputs, targets, self._teach(inputs))
             guard.check(loss, step=step, lr=lr, inputs=inputs)
             self.optimizer.zero_grad(set_to_none=True)
@@ -270,22 +285,27 @@ class _Run:
         return lr
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be continued."""
+        """What must be equal for a checkpoint to be continued; the main process's, whose weights count."""
+        origin = started_from(self.net, self.teacher, self.loader, seed=self.seed) if is_main() else {}
         return {
             "recipe": self.recipe.to_dict(),
             "epochs": self.epochs,
             "seed": self.seed,
             "steps_per_epoch": self.steps,
+            **broadcast_object(origin),
         }
 
     def _resume(self) -> None:
         path = None if self.folder is None else self.folder / checkpoint.LAST
         if path is None or not broadcast_object(path.exists()):
             return
-        _check_identity(path, checkpoint.read_scalars(path).get("run", {}), self._identity())
+        found = checkpoint.read_scalars(path).get("run", {})
+        self.identity = check_identity(path, found, self.identity, self.net)
         scalars = checkpoint.load_training(path, self.net, self.optimizer)
         self.records = [EpochRecord.from_dict(record) for record in scalars["records"]]
         logger.info("resuming from %s after epoch %d", path, len(self.records))
+        if self.log is not None and is_main():  # the run may have died between checkpoint and log
+            self._history(complete=len(self.records) == self.epochs).write(self.log)
 
     def _save(self, evaluation: Evaluation | None) -> None:
         history = self._history(complete=len(self.records) == self.epochs)
@@ -295,7 +315,7 @@ class _Run:
                 if evaluation is not None and history.best_epoch == len(self.records):
                     best = {"epoch": history.best_epoch, "val_accuracy": evaluation.accuracy}
                     checkpoint.save_weights(self.folder / checkpoint.BEST, self.net, best)
-                scalars = {"run": self._identity(), "records": records}
+                scalars = {"run": self.identity, "records": records}
                 checkpoint.save_training(self.folder / checkpoint.LAST, self.net, self.optimizer, scalars)
             if self.log is not None:
                 history.write(self.log)
@@ -351,21 +371,4 @@ def _warn_unless_sharded(loader: Any) -> None:
         logger.warning(
             "the training loader has no DistributedSampler: each of the %d processes trains on all of the data",
             world_size(),
-        )
-
-
-def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    if isinstance(found.get("recipe"), dict):  # options that are newer than the checkpoint had their defaults
-        found = {**found, "recipe": {**TrainRecipe().to_dict(), **found["recipe"]}}
-    for key, value in expected.items():
-        if found.get(key) == value:
-            continue
-        if key == "recipe" and isinstance(found.get(key), dict):
-            changed = [name for name in value if found[key].get(name) != value[name]]
-            what = ", ".join(f"{name} {found[key].get(name)!r} -> {value[name]!r}" for name in changed)
-        else:
-            what = f"{key} {found.get(key)!r} -> {value!r}"
-        raise FormatError(
-            f"{path} belongs to a run with other settings ({what}); give them again, another checkpoint_dir, or "
-            "resume=False"
         )

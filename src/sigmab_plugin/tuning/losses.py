@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import TrainingError
+from .batches import check_shape
 
 #: A path of probability zero costs this much instead of infinity; log-softmax of finite logits stays above.
 _LOG_P_FLOOR = -1e4
@@ -272,8 +273,4 @@ def _check_shapes(leaf_logits: Tensor, log_p: Tensor, targets: Tensor) -> None:
     batch, leaves, classes = leaf_logits.shape
     if log_p.shape != (batch, leaves):
         raise TrainingError(f"log_p must be ({batch}, {leaves}) as the leaf logits; got {tuple(log_p.shape)}")
-    if targets.shape not in ((batch,), (batch, classes)):
-        raise TrainingError(
-            f"targets must be class indices ({batch},) or soft labels ({batch}, {classes}); "
-            f"got shape {tuple(targets.shape)}"
-        )
+    check_shape(targets, batch, classes)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..counting import as_arguments
-from ..errors import TrainingError
-from .batches import check_targets, class_indices
+from .batches import check_logits, check_targets, class_indices
 from .distributed import all_reduce_sum
 from .losses import balance_loss, dense_loss, hard_leaf, soft_routing_loss, temper
 from .recipe import TrainRecipe
@@ -54,7 +53,7 @@ class Objective(nn.Module):
             "distillation_temperature": recipe.distillation_temperature,
         }
         if not self.leaves:
-            logits = self._logits(inputs)
+            logits = check_logits(self.net(*as_arguments(inputs)))
             self._learn_classes(logits, targets)
             return dense_loss(logits, targets, **options), _counts(logits.detach(), targets)
         leaf_logits, log_p = self.net.forward_leaves(inputs)  # type: ignore[operator]
@@ -74,15 +73,6 @@ class Objective(nn.Module):
             loss = loss + recipe.balance_weight * balance_loss(log_p, _mean_over_ranks(log_p.detach().exp()))
         chosen = leaf_logits.detach()[torch.arange(len(routed), device=routed.device), routed]
         return loss, torch.cat([_counts(chosen, targets), leaf_counts(routed, len(self.leaves))])
-
-    def _logits(self, inputs: Any) -> Tensor:
-        logits = self.net(*as_arguments(inputs))
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise TrainingError(
-                f"the network must return logits (B, C) to be trained here; it returned {got}"
-            )
-        return logits
 
     def _learn_classes(self, logits: Tensor, targets: Tensor) -> None:
         """Checks the first batch against the network; later ones are checked before they leave the host."""

@@ -1,8 +1,9 @@
-"""Progress on the terminal: rich where installed, else tqdm, else one log line per epoch."""
+"""Progress on standard error: rich where installed, else tqdm, else one log line per epoch."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
@@ -41,6 +42,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._kind == "rich":
+            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
 
@@ -51,7 +53,13 @@ class Progress:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[text]}"),
             )
-            self._bar = self._stack.enter_context(RichProgress(*columns, transient=True))
+            shown = RichProgress(
+                *columns,
+                console=Console(stderr=True),
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),  # what goes to a file or a pipe stays there
+            )
+            self._bar = self._stack.enter_context(shown)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,7 +98,7 @@ class Progress:
             self._bar.console.print(line, highlight=False, soft_wrap=True)
         elif self._kind == "tqdm":
             self._bar.close()
-            self._bar.write(line)
+            self._bar.write(line, file=sys.stderr)
         elif self._kind == "log":
             logger.info(line)
 

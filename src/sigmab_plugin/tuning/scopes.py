@@ -41,15 +41,18 @@ def frozen(module: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def left_as_found(net: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
-    """Puts back every submodule's mode, and the teacher's device."""
+    """Puts back every submodule's mode, the gradients of ``net``, and the teacher's device."""
     modules = [*net.modules(), *(teacher.modules() if teacher is not None else ())]
     modes = [(module, module.training) for module in modules]
+    gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
     place = None if teacher is None else module_device(teacher)
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
         if teacher is not None:
             teacher.to(place)
 

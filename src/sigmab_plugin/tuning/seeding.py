@@ -34,15 +34,40 @@ def seed_epoch(loader: Any, *, seed: int, epoch: int, rank: int = 0) -> None:
     random.seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002
     torch.manual_seed(value)
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    sampler = getattr(loader, "sampler", None)
-    parts = (loader, getattr(loader, "dataset", None), batch_sampler, sampler)
-    inner = getattr(batch_sampler, "sampler", None)
-    owners = {id(part): part for part in (*parts, inner) if part is not None}
-    for part in owners.values():
+    for part in _parts(loader):
         set_epoch = getattr(part, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
-        generator = getattr(part, "generator", None)
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(value)
+    for generator in _generators(loader):
+        generator.manual_seed(value)
+
+
+@contextmanager
+def loader_left_as_found(loader: Any) -> Iterator[None]:
+    """Put back the generators and the epochs (``set_epoch``, ``epoch``) that a loader and its parts own."""
+    states = [(generator, generator.get_state()) for generator in _generators(loader)]
+    epochs = [
+        (part, part.epoch)
+        for part in _parts(loader)
+        if callable(getattr(part, "set_epoch", None)) and isinstance(getattr(part, "epoch", None), int)
+    ]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+        for part, epoch in epochs:
+            part.set_epoch(epoch)
+
+
+def _parts(loader: Any) -> list[Any]:
+    """The loader, its data set and its samplers, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
+    parts = (loader, dataset, batch_sampler, sampler, getattr(batch_sampler, "sampler", None))
+    return list({id(part): part for part in parts if part is not None}.values())
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    owned = (getattr(part, "generator", None) for part in _parts(loader))
+    return [generator for generator in owned if isinstance(generator, torch.Generator)]
