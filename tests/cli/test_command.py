@@ -111,6 +111,10 @@ def test_an_unknown_command_is_refused(sigmab: Command) -> None:
     [
         (["--model", "no_such_net"], "has no 'no_such_net'; it has"),
         (["--model", "no.such.module:net"], "cannot import no.such.module"),
+        (["--model", ":foo"], "write package.module:callable"),
+        (["--model", "mymodels:"], "write package.module:callable"),
+        (["--model", ".x:y"], "write package.module:callable"),
+        (["--model", ""], "write package.module:callable"),
         (["--model", "math:pi"], "is not callable"),
         (["--model", "builtins:dict"], "returned a dict, not a torch.nn.Module"),
         (["--model", "cifar_resnet18", "--model-args", "{"], "--model-args is not JSON"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sigmab_plugin.cli import main
+from sigmab_plugin.cli.compare import _splits, read_plan, read_recipe
 from sigmab_plugin.cli.comparison import Run, _read_outcome
+from sigmab_plugin.data import digits
+from sigmab_plugin.tuning.recipe import TrainRecipe, as_recipe
 
 TREE = {"algorithm": "sigmab", "levels": ["layer3", "layer4"], "head": "fc", "projection_dim": 8}
 HEAD = {"algorithm": "depth_pruning", "epochs": [1], "learning_rates": [0.01], "head_widths": [8]}
@@ -89,6 +94,33 @@ def test_rows_twins_report_and_resuming(tmp_path: Path, capsys: pytest.CaptureFi
         ({"data": None}, "'data' is missing"),
         ({"epoch": 3}, "did you mean 'epochs'?"),
         ({"finetune": {"learning_rate": 1}}, "unknown key 'learning_rate'"),
+        ({"epochs": "2"}, "'epochs' must be a whole number, 0 for none; got \"2\""),
+        ({"epochs": -1}, "'epochs' must be a whole number, 0 for none; got -1"),
+        ({"epochs": True}, "'epochs' must be a whole number, 0 for none; got true"),
+        ({"finetune": "cifar100"}, "'finetune' must be an object of the recipe's fields, such as"),
+        (
+            {"data": ["a.npz", "b.npz"]},
+            'several files are one text with commas between; got ["a.npz", "b.npz"]',
+        ),
+        ({"model": {"name": "cifar_resnet18"}}, "'model' must be a text such as"),
+        ({"model_args": [10]}, "'model_args' must be an object of keyword arguments"),
+        ({"weights": 3}, "'weights' must be the path of a file, or null"),
+        ({"image_size": "8"}, "'image_size' must be a whole number above 0, or null"),
+        ({"batch_size": 0}, "'batch_size' must be a whole number above 0; got 0"),
+        ({"calibration_samples": 0}, "'calibration_samples' must be a whole number above 0"),
+        ({"validation_fraction": 1}, "'validation_fraction' must be a number between 0 and 1"),
+        ({"twins": "no"}, "'twins' must be true or false"),
+        ({"runs": {"name": "a"}}, "'runs' must be a list of objects"),
+        (
+            {"runs": [{"name": "a", "compression": ["sigmab"]}]},
+            "runs[0]: 'compression' must be a section or a list",
+        ),
+        ({"runs": [{"name": "a", "compression": [None]}]}, 'such as {"algorithm": "legonet"}; got [null]'),
+        (
+            {"runs": [{"name": "a", "compression": "sigmab"}]},
+            "runs[0]: 'compression' must be a section or a list",
+        ),
+        ({"test_split": "val"}, "must be three splits; got train, val, val"),
         ({"runs": [{"name": "a"}]}, "runs[0] must be an object with 'name' and 'compression'"),
         ({"runs": [{"name": "a", "compression": []}] * 2}, "two runs have the same name"),
         ({"runs": [{"name": "a", "compression": {"algorithm": "lego"}}]}, "unknown algorithm 'lego'"),
@@ -106,3 +138,84 @@ def test_a_file_that_makes_no_sense_is_one_line(
     assert error.startswith("sigmab: error: ")
     assert message in error
     assert not (tmp_path / "out" / "rows").exists()
+
+
+def flat(folder: Path) -> Path:
+    """200 digits, told apart by their first value, without splits."""
+    images, labels = digits("train").batch(range(200))
+    images[:, 0, 0, 0] = images.new_tensor(range(200)) / 200
+    np.savez(folder / "flat.npz", x=images.numpy(), y=labels.numpy())
+    return file(
+        folder,
+        data="flat.npz",
+        validation_split=None,
+        epochs=0,
+        twins=False,
+        runs=[{"name": "again", "compression": []}],
+    )
+
+
+def test_data_without_splits_give_a_test_part_of_their_own(tmp_path: Path) -> None:
+    def samples(seed: int) -> list[set[float]]:
+        parts = _splits(read_plan(flat(tmp_path)), seed=seed)
+        assert parts.test_held_out
+        return [
+            set(part.batch(range(len(part)))[0][:, 0, 0, 0].tolist())
+            for part in (parts.train, parts.validation, parts.test)
+        ]
+
+    first = samples(0)
+    assert len(set.union(*first)) == sum(map(len, first)) == 200
+    assert len(first[2]) == pytest.approx(40, abs=5)
+    assert samples(0) == first
+    assert samples(1)[2] != first[2]
+
+
+def test_the_report_says_what_the_test_part_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert compare(flat(tmp_path), out, "--seed", "3", "-q") == 0, capsys.readouterr().err
+    report = json.loads((out / "report.json").read_text())
+    test = len(_splits(read_plan(flat(tmp_path)), seed=3).test)
+    assert report["facts"]["Data"].endswith(f" {test} test")
+    assert report["notes"][1] == (
+        "The data have no splits: the test samples are 20% of every class, held out with seed 3 before anything else "
+        "was taken from the data."
+    )
+    assert compare(file(tmp_path, runs=[{"name": "again", "compression": []}], epochs=0), out, "-q") == 0
+    assert "have no splits" not in (out / "report.json").read_text()
+
+
+def test_a_split_that_is_named_must_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = flat(tmp_path)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "test_split": "test"}))
+    assert compare(config, tmp_path / "out") == 2
+    assert "flat.npz" in capsys.readouterr().err
+
+
+def test_recipe_of_the_file(caplog: pytest.LogCaptureFixture) -> None:
+    default = as_recipe("default")
+    assert read_recipe({}, 5) == default.replace(warmup_epochs=0.5)
+    assert read_recipe({}, 0).warmup_epochs == 0
+    assert read_recipe({}, 100) == default
+    # As in a recipe's own file, what the file leaves out is the paper's; but the warm-up has to fit.
+    assert read_recipe({"lr": 0.02}, 5) == TrainRecipe(lr=0.02, warmup_epochs=0.5)
+    with caplog.at_level(logging.WARNING):
+        assert read_recipe({"warmup_epochs": 1.0}, 2).warmup_epochs == 1
+        assert not caplog.records
+        assert read_recipe({"warmup_epochs": 5.0}, 5) == TrainRecipe()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("a warm-up of 5 epochs leaves none of the 5 to train at")
+
+
+def test_a_last_batch_of_one_sample_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """BatchNorm has no variance over one value of a channel."""
+    config = file(
+        tmp_path,
+        batch_size=92,
+        twins=False,
+        runs=[{"name": "SigmaB", "compression": TREE}],
+        model_args={"num_classes": 10, "in_channels": 1, "width": 0.0625},
+    )
+    parts = _splits(read_plan(config), seed=0)
+    assert len(parts.train) % 92 == 1
+    assert compare(config, tmp_path / "out", "-q") == 0, capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_changed_data_and_settings_run_anew(tmp_path: Path, capsys: pytest.Captu
         {"batch_size": 16},
         {"epochs": 2},
         {"finetune": {"optimizer": "adam", "lr": 0.02, "warmup_epochs": 0.0}},
-        {"test_split": "val"},
+        {"test_split": "val", "validation_split": "test"},
     ):
         assert len(compare(data="copy.npz", **changes)) == 2, changes
     assert not compare(data="copy.npz")

@@ -65,6 +65,22 @@ def test_weights_that_do_not_fit_name_tensors(tmp_path: Path) -> None:
         load_weights(net(), tmp_path / "w.safetensors")
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_without_counts_of_batches_loads(prefix: str, tmp_path: Path) -> None:
+    """Torch itself takes it: older releases did not count them."""
+    source = net()
+    state = {prefix + name: value for name, value in source.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "old.pth")
+    target = net()
+    load_weights(target, tmp_path / "old.pth")
+    assert torch.equal(target[1].running_var, source[1].running_var)
+    assert torch.equal(target[0].weight, source[0].weight)
+    del state[prefix + "1.running_mean"]
+    torch.save(state, tmp_path / "old.pth")
+    with pytest.raises(ModelError, match=r"1 missing: 1\.running_mean"):
+        load_weights(net(), tmp_path / "old.pth")
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_damaged_files_are_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"w{suffix}"

@@ -96,8 +96,8 @@ def test_a_saved_tree_is_inspected_and_exported(tmp_path: Path, capsys: pytest.C
     short = prune_leaves(tree(), CLIPS[:1], head_widths=(6,))
     save(short, tmp_path / "tree")
     assert main(["inspect", str(tmp_path / "tree"), "--json"]) == 0
-    parameters = [node["parameters"] for node in json.loads(capsys.readouterr().out)["nodes"]]
-    assert sum(parameters) == short.parameter_counts().total
+    values = [node["values"] for node in json.loads(capsys.readouterr().out)["nodes"]]
+    assert sum(values) == short.parameter_counts().total
     export(short, CLIPS[:2], tmp_path / "bundle", format="torch")
     with Runner(tmp_path / "bundle") as runner:
         result = runner.run(CLIPS[:1].numpy())

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from .options import seed_of
+
 
 class Labelled:
     """``(inputs, targets)`` in batches on the device: this process's part of ``--samples`` in a seeded order.
@@ -22,7 +24,7 @@ class Labelled:
 
         self.data, self.device = data, device
         self.batch_size: int = args.batch_size
-        order = np.random.default_rng(args.seed).permutation(len(data))
+        order = np.random.default_rng(seed_of(args)).permutation(len(data))
         chosen = order if args.samples is None else order[: args.samples]
         self.samples = len(chosen)
         self.order = chosen[rank() :: world_size()]

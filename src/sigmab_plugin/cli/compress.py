@@ -63,6 +63,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--twin", action="store_true", help="also build the static twin, the control beside the tree"
     )
     add_run_options(parser)
+    parser.set_defaults(
+        seed=None
+    )  # so that a seed of 0 can be told from none, which leaves a file's as it is
     return parser
 
 
@@ -76,10 +79,10 @@ def restructure(args: argparse.Namespace, device: Any) -> None:
         carry_out(args, device)
         return
     from ..hosts.torch_pruning import SigmaBPruner
-    from ..tree import save, static_twin
+    from ..tree import static_twin
     from ..tuning.distributed import is_main
     from .calibration import Calibration
-    from .folder import record_of, save_twin
+    from .folder import TWIN, record_of, save_net, save_twin
     from .measure import Measured, SampleCounter, check_fit, collect, command_line, example_of, say, show
 
     config = read_config(args)
@@ -98,7 +101,7 @@ def restructure(args: argparse.Namespace, device: Any) -> None:
         networks.append(Measured("static twin", "twin", twin))
     if not is_main():
         return
-    save(net, args.out)
+    save_net(args.out, net, keep=() if twin is None else (TWIN,))
     record_of(args).write(args.out)
     report = collect(
         networks,
@@ -135,7 +138,7 @@ def read_config(args: argparse.Namespace) -> SigmaBConfig:
         "active_ratio": args.active_ratio,
         "projection_dim": args.projection_dim,
         "repair": args.repair,
-        "seed": args.seed or None,
+        "seed": args.seed,
     }
     config = config.replace(**{key: value for key, value in given.items() if value is not None})
     if not config.levels or not config.head:

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .options import VALIDATION_FRACTION, load_model, open_data, read_sections
+from .options import VALIDATION_FRACTION, load_model, open_data, read_sections, seed_of
 
 if TYPE_CHECKING:
     from ..data import Dataset
@@ -39,11 +39,12 @@ def carry_out(args: argparse.Namespace, device: Any) -> None:
     """
     from ..data import Loader
     from ..hosts.nncf_file import compress_from_file, way_of
+    from ..hosts.nncf_folder import PARTS
     from ..hosts.nncf_needs import chooses
     from ..hosts.nncf_schema import check
     from ..tuning.distributed import is_distributed
     from .calibration import Labelled
-    from .folder import record_of
+    from .folder import record_of, remove_stale
     from .measure import accuracy_on, check_fit, example_of, say, shows_progress
 
     if args.preset:
@@ -89,8 +90,9 @@ def carry_out(args: argparse.Namespace, device: Any) -> None:
             train_data=batches,
             validate=None if held_out is None else accuracy_on(Loader(held_out, batch_size=args.batch_size)),
             on_section=on_section,
-            seed=args.seed,
+            seed=seed_of(args),
         )
+        remove_stale(args.out, keep=PARTS)  # these are save's own business
         saved = result.save(args.out)
     record_of(args).write(args.out)
     if args.json:
@@ -123,7 +125,7 @@ def hold_out(args: argparse.Namespace, data: Dataset, choosing: Section) -> tupl
     from ..data import split_validation
 
     try:
-        return split_validation(data, fraction=VALIDATION_FRACTION, seed=args.seed)
+        return split_validation(data, fraction=VALIDATION_FRACTION, seed=seed_of(args))
     except ConfigError as error:
         raise ConfigError(
             f"{choosing} chooses on held-out samples, and none can be held out of {args.data}: {error}. Give --data "
@@ -157,7 +159,7 @@ def merged(args: argparse.Namespace) -> dict[str, Any]:
     if given and not trees:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"{options}: {args.config} has no sigmab section to change")
-    if args.seed:
+    if args.seed is not None:
         given["seed"] = args.seed
     for section in trees:
         section.update(given)

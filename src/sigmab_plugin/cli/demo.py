@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from ..report import write_report
-    from ..tree import save
-    from .folder import Record, save_twin
+    from .folder import LOGS, TWIN, TWIN_LOGS, Record, save_net, save_twin
     from .measure import command_line, show
 
     started = time.perf_counter()
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         args.dense_epochs = args.epochs = 2
     networks = train(args, device)
     dense, net, twin = (network.module for network in networks)
-    save(net, args.out)  # type: ignore[arg-type]
+    save_net(args.out, net, keep=(TWIN, *LOGS, *TWIN_LOGS))  # type: ignore[arg-type]
     weights = args.out / "dense.safetensors"
     save_file(dense.state_dict(), weights)
     save_twin(args.out, twin)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import add_folder_options, open_data, pick_device
+from .options import add_folder_options, open_data, pick_device, split_of
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
         title=f"{record.model.rpartition(':')[2]} on {Path(args.data).name}",
         facts={
             "Model": record.model,
-            "Data": f"{Path(args.data).name}, {args.split}: {len(data):,} samples",
+            "Data": f"{Path(args.data).name}, {split_of(args) or 'all of it, which has no splits'}: "
+            f"{len(data):,} samples",
             "Device": str(device),
         },
         origin=provenance(

@@ -73,10 +73,19 @@ def run(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, device: Any) -> None:
     from ..data import Loader, Subset
     from ..report.provenance import provenance
-    from ..tree import save
     from ..tuning import finetune, load_weights
     from ..tuning.distributed import is_main, rank, world_size
-    from .folder import open_dense, open_net, open_twin, read_record, save_twin
+    from .folder import (
+        LOGS,
+        TWIN,
+        TWIN_LOGS,
+        open_dense,
+        open_net,
+        open_twin,
+        read_record,
+        save_net,
+        save_twin,
+    )
     from .measure import Measured, check_fit, collect, command_line, example_of, say, show, shows_progress
 
     if args.keep == "best" and not args.val_fraction:
@@ -133,7 +142,7 @@ def train(args: argparse.Namespace, device: Any) -> None:
         networks.append(Measured(name, role, module.eval(), history=history))
     if not is_main():
         return
-    save(net, args.out)
+    save_net(args.out, net, of=args.folder, keep=LOGS if twin is None else (*LOGS, TWIN, *TWIN_LOGS))
     record.write(args.out)
     twin_file = None if twin is None else save_twin(args.out, twin)
     for network in networks:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from ..errors import ConfigError, FormatError, ModelError
 from ..hosts.nncf_folder import (
     CONFIG_STATE,
     FUNCTIONS_STATE,
+    PARTS,
     PLAN,
     WEIGHTS,
     is_depth_pruned,
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
 RECORD = "sigmab.json"
 TWIN = "twin.safetensors"
 LOG, TWIN_LOG = "log.json", "twin-log.json"
+LOGS, TWIN_LOGS = (LOG, "log.csv"), (TWIN_LOG, "twin-log.csv")
+#: A record's model outside sigmab_plugin.models that is known to do no more than build a network.
+DEMO_MODEL = "sigmab_plugin.cli.demo:demo_network"
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ def read_record(folder: Path, args: argparse.Namespace) -> Record:
     """The folder's record, with what ``--model``, ``--model-args`` and ``--weights`` replace.
 
     Raises:
-        ConfigError: the folder does not exist, or nothing says which model it is.
+        ConfigError: the folder does not exist, nothing says which model it is, or the record alone says that a
+            callable that is not this package's is to be called.
     """
     if not folder.is_dir():
         raise ConfigError(f"no such folder: {folder}; give what `sigmab compress --out` wrote")
@@ -89,7 +96,32 @@ def read_record(folder: Path, args: argparse.Namespace) -> Record:
         record = replace(record, weights=str(Path(args.weights).resolve()))
     if not record.model:
         raise ConfigError(f"{folder} has no {RECORD}: say which dense model it was made from with --model")
+    if not (args.model or getattr(args, "trust_record", False) or is_own_model(record.model)):
+        raise ConfigError(
+            f"{folder / RECORD} names the model {record.model}, code that is not sigmab_plugin's and could do "
+            f"anything. If it is yours: {_with_model(args, record)}. If you trust all of the folder: --trust-record"
+        )
     return record
+
+
+def is_own_model(spec: str) -> bool:
+    """Whether ``spec`` names a network of this package: one of :mod:`sigmab_plugin.models`, or the demo's.
+
+    Not all that the package can call: some of it calls in turn what its arguments name.
+    """
+    from .. import models
+
+    module, _, name = spec.rpartition(":")
+    own = module in ("", models.__name__) or module.startswith(models.__name__ + ".")
+    return spec == DEMO_MODEL or (own and name in models.__all__)
+
+
+def _with_model(args: argparse.Namespace, record: Record) -> str:
+    """The command of ``args`` with the record's model on it, to be typed as it is."""
+    words = ["sigmab", *getattr(args, "argv", ()), "--model", record.model]
+    if record.model_args and not args.model_args:
+        words += ["--model-args", json.dumps(record.model_args)]
+    return shlex.join(words)
 
 
 def open_net(folder: Path, record: Record, device: Any) -> SigmaBNet:
@@ -196,6 +228,32 @@ def open_twin(folder: Path, record: Record, net: SigmaBNet, example: Any, device
     twin = static_twin(dense, example, config=config, calibration_data=[example])
     load_weights(folder / TWIN, twin)
     return twin.to(device).eval()
+
+
+def save_net(folder: Path, net: SigmaBNet, *, of: Path | None = None, keep: Collection[str] = ()) -> None:
+    """Save a tree; files of an earlier network go, but for ``keep``.
+
+    Args:
+        of: the folder that the tree was opened from: what NNCF has added to it is saved, too.
+    """
+    from ..tree import save
+
+    compressed = of is not None and (of / FUNCTIONS_STATE).is_file()
+    remove_stale(folder, keep=(PLAN, *keep, *((FUNCTIONS_STATE,) if compressed else ())))
+    if not compressed:
+        save(net, folder)
+        return
+    from ..hosts import nncf_v3
+
+    with redirect_stdout(sys.stderr):  # where NNCF logs
+        nncf_v3.save(net, folder)
+
+
+def remove_stale(folder: Path, *, keep: Collection[str]) -> None:
+    """Remove what may lie beside the weights of an earlier network; ``keep`` is what the caller writes anew."""
+    for name in (*PARTS, TWIN, *LOGS, *TWIN_LOGS):
+        if name not in keep:
+            (folder / name).unlink(missing_ok=True)
 
 
 def save_twin(folder: Path, twin: nn.Module) -> Path:

@@ -14,7 +14,7 @@ from .options import add_output_options
 if TYPE_CHECKING:
     from ..tree.plan import Plan
 
-#: State of BatchNorm that is stored but is no parameter.
+#: State of BatchNorm, which is stored but no parameter.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def stored_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Parameters and bytes of every module of the net ("heads.0_1"), from the header of its weights.
+    """Values and bytes of every module of the net ("heads.0_1"), from the header of its weights.
+
+    Values are parameters, and the buffers that are not BatchNorm's: the file does not tell these two apart.
 
     Raises:
         FormatError: the file is missing, truncated or damaged.
@@ -67,13 +69,13 @@ def stored_sizes(folder: Path) -> dict[str, tuple[int, int]]:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the file is no mapping
                 part = file.get_slice(name)
-                values = prod(part.get_shape())
+                own = prod(part.get_shape())
                 module = ".".join(name.split(".")[: 1 if name.startswith("backbone.") else 2])
-                parameters, size = sizes.get(module, (0, 0))
+                values, size = sizes.get(module, (0, 0))
                 is_buffer = name.endswith(_BUFFERS)
                 sizes[module] = (
-                    parameters + (0 if is_buffer else values),
-                    size + values * _ITEM_BYTES[part.get_dtype()],
+                    values + (0 if is_buffer else own),
+                    size + own * _ITEM_BYTES[part.get_dtype()],
                 )
     except FileNotFoundError as error:
         raise FormatError(f"no {WEIGHTS} in {folder}") from error
@@ -95,8 +97,8 @@ def describe(plan: Plan, sizes: dict[str, tuple[int, int]]) -> list[dict[str, An
     nodes: list[dict[str, Any]] = []
 
     def add(kind: str, path: str, module: str, **more: Any) -> None:
-        parameters, size = sizes.get(module, (0, 0))
-        nodes.append({"kind": kind, "path": path, "parameters": parameters, "bytes": size, **more})
+        values, size = sizes.get(module, (0, 0))
+        nodes.append({"kind": kind, "path": path, "values": values, "bytes": size, **more})
 
     def visit(path: str, depth: int) -> None:
         key = module_key(path)
@@ -123,12 +125,12 @@ def describe(plan: Plan, sizes: dict[str, tuple[int, int]]) -> list[dict[str, An
 
 
 def path_size(plan: Plan, nodes: list[dict[str, Any]], leaf: str) -> dict[str, int]:
-    """Parameters and bytes that an input of ``leaf`` reads."""
+    """Values and bytes that an input of ``leaf`` reads."""
     from ..tree.plan import prefixes
 
     above = {"", *prefixes(leaf)}
     used = [node for node in nodes if node["path"] in above]
-    return {key: sum(node[key] for node in used) for key in ("parameters", "bytes")}
+    return {key: sum(node[key] for node in used) for key in ("values", "bytes")}
 
 
 def print_tree(plan: Plan, nodes: list[dict[str, Any]], paths: dict[str, dict[str, int]]) -> None:
@@ -146,21 +148,21 @@ def print_tree(plan: Plan, nodes: list[dict[str, Any]], paths: dict[str, dict[st
                 "  " * (depth + inner) + name,
                 node.get("dense_module", ""),
                 fmt.integer(node["width"]) if "width" in node else "",
-                fmt.integer(node["parameters"]),
+                fmt.integer(node["values"]),
                 fmt.size(node["bytes"]),
                 "" if samples is None else fmt.integer(samples),
             )
         )
-    headers = ("node", "dense module", "width", "parameters", "size", "calibration samples")
+    headers = ("node", "dense module", "width", "values", "size", "calibration samples")
     print(Table(headers, tuple(rows), (False, False, True, True, True, True)).text())
-    total = {key: sum(node[key] for node in nodes) for key in ("parameters", "bytes")}
+    total = {key: sum(node[key] for node in nodes) for key in ("values", "bytes")}
     print()
     summary = [
-        (f"path {leaf}", fmt.integer(size["parameters"]), fmt.size(size["bytes"]))
-        for leaf, size in paths.items()
+        (f"path {leaf}", fmt.integer(size["values"]), fmt.size(size["bytes"])) for leaf, size in paths.items()
     ]
-    summary.append(("stored", fmt.integer(total["parameters"]), fmt.size(total["bytes"])))
-    print(Table(("read by one input", "parameters", "size"), tuple(summary), (False, True, True)).text())
+    summary.append(("stored", fmt.integer(total["values"]), fmt.size(total["bytes"])))
+    print(Table(("read by one input", "values", "size"), tuple(summary), (False, True, True)).text())
+    print("\nvalues: parameters, and buffers other than BatchNorm's statistics")
     print("\n" + "  ".join(f"{key} {value}" for key, value in settings(plan).items()))
 
 

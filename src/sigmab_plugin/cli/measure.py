@@ -31,9 +31,16 @@ class Measured:
 
 
 def example_of(data: Dataset, device: Any) -> Any:
-    """Inputs of one sample, as a batch of one."""
+    """Inputs of one sample, as a batch of one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from ..errors import ConfigError
     from ..tuning.batches import to_device
 
+    if not len(data):
+        raise ConfigError("the data have no samples; give other --data or another --split")
     return to_device(data.batch([0])[0], device)
 
 

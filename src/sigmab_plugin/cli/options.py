@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import Dataset
+
+_log = logging.getLogger(__name__)
 
 #: Share of the training split that choices are made on, where no other split is named.
 VALIDATION_FRACTION = 0.1
@@ -77,7 +81,12 @@ def add_data_options(parser: argparse.ArgumentParser, *, required: bool, split: 
         metavar="PATH",
         help="folder or zip in ImageFolder layout, .npz, HDF5, or 'digits' (scikit-learn's)",
     )
-    group.add_argument("--split", default=split, metavar="NAME", help=f"split of the data (default {split})")
+    group.add_argument(
+        "--split",
+        metavar="NAME",
+        help=f"split of the data (default {split}; all samples where the data have no splits)",
+    )
+    parser.set_defaults(default_split=split)
     group.add_argument(
         "--batch-size", type=positive, default=64, metavar="N", help="samples per batch (default 64)"
     )
@@ -89,11 +98,21 @@ def add_folder_options(parser: argparse.ArgumentParser, *, data_required: bool, 
     parser.add_argument("folder", type=Path, metavar="DIR", help="what compress or finetune wrote")
     add_data_options(parser, required=data_required, split=split)
     add_model_options(parser, required=False)
+    parser.add_argument(
+        "--trust-record",
+        action="store_true",
+        help="call whatever the folder's record names as its model, which may be code of anyone's",
+    )
     add_run_options(parser)
 
 
 def load_model(args: argparse.Namespace) -> nn.Module:
-    """The dense model of ``--model`` with ``--weights``."""
+    """The dense model of ``--model`` with ``--weights``; without these, one line says what is worked on."""
+    if args.weights is None:
+        _log.warning(
+            "no --weights: what is compressed are the weights that %s returns, random unless it loads some itself",
+            args.model,
+        )
     return build_model(args.model, parse_model_args(args.model_args), args.weights)
 
 
@@ -109,6 +128,10 @@ def parse_model_args(text: str | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError("--model-args must be a JSON object of keyword arguments")
     return values
+
+
+#: ``module:attribute`` or ``attribute``, both with dots between names.
+_SPEC = re.compile(r"(?:[^\W\d]\w*(?:\.[^\W\d]\w*)*:)?[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
 def build_model(
@@ -135,6 +158,11 @@ def build_model(
 
 
 def _resolve(spec: str) -> Any:
+    if not _SPEC.fullmatch(spec):
+        raise ConfigError(
+            f"--model {spec!r}: write package.module:callable, for example mymodels:make_net, or a bare name of "
+            "sigmab_plugin.models"
+        )
     module_name, separator, attribute = spec.partition(":")
     if not separator:
         module_name, attribute = "sigmab_plugin.models", spec
@@ -170,7 +198,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     own = model.state_dict()
     if not set(state) & set(own):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    missing = [key for key in own if key not in state]
+    # Checkpoints from before torch 0.4.1 do not count BatchNorm's batches; torch leaves the count at 0, too.
+    missing = [key for key in own if key not in state and key.split(".")[-1] != "num_batches_tracked"]
     unexpected = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
     problems = []
@@ -180,7 +209,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             problems.append(f"{len(names)} {word}: {', '.join(names[:3])}{more}")
     if problems:
         raise ModelError(f"{path} does not fit {type(model).__name__}; {'; '.join(problems)}")
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -212,14 +241,46 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def open_data(args: argparse.Namespace, *, split: str | None = None) -> Dataset:
-    """The data set of ``--data``; ``split`` overrides ``--split``."""
+def open_data(args: argparse.Namespace) -> Dataset:
+    """The data set of ``--data``, of it :func:`split_of`."""
+    return open_split(args.data, split_of(args), image_size=args.image_size)
+
+
+def split_of(args: argparse.Namespace) -> str | None:
+    """``--split``, else the command's default; None where none was asked for and the data have none."""
+    if args.split is not None:
+        return str(args.split)
+    return str(args.default_split) if has_splits(args.data) else None
+
+
+def has_splits(source: str) -> bool:
+    """Whether ``source``, a path or ``digits``, is divided into named splits."""
+    from ..data import splits_of
+
+    return source == "digits" or bool(splits_of(source))
+
+
+def open_split(source: str, split: str | None, *, image_size: int | None) -> Dataset:
+    """A split of ``source``, a path or ``digits``; None: all of a source without splits.
+
+    Raises:
+        ConfigError: the source has no such split, or no samples in it.
+    """
     from .. import data
 
-    wanted = split or args.split
-    if args.data == "digits":
-        return data.digits(wanted)
-    return data.open_dataset(args.data, split=wanted, image_size=args.image_size)
+    if source == "digits":
+        return data.digits(split)
+    dataset = data.open_dataset(source, split=split, image_size=image_size)
+    if not len(dataset):
+        raise ConfigError(
+            f"{source} has no samples{f' in split {split!r}' if split else ''}; give other data"
+        )
+    return dataset
+
+
+def seed_of(args: argparse.Namespace) -> int:
+    """``--seed``, 0 where it was not given."""
+    return args.seed or 0
 
 
 def pick_device(args: argparse.Namespace, given: Any = None) -> Any:
@@ -232,7 +293,7 @@ def pick_device(args: argparse.Namespace, given: Any = None) -> Any:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed_of(args))
     if given is not None:
         return given
     name = args.device
@@ -250,10 +311,19 @@ def pick_device(args: argparse.Namespace, given: Any = None) -> Any:
 
 @contextmanager
 def working_device(args: argparse.Namespace) -> Iterator[Any]:
-    """Device of this process: its own under ``torchrun``, otherwise :func:`pick_device`'s."""
+    """Device of this process: its own under ``torchrun``, otherwise :func:`pick_device`'s.
+
+    Raises:
+        ConfigError: no such device here, or under ``torchrun`` one of another type than the process's own.
+    """
     from ..tuning.distributed import is_distributed, process_group
 
     with process_group() as own:
+        if is_distributed() and args.device.partition(":")[0] not in ("auto", own.type):
+            raise ConfigError(
+                f"--device {args.device}: under torchrun each process has a device of its own, here {own}; leave "
+                "--device out"
+            )
         yield pick_device(args, own) if is_distributed() else pick_device(args)
 
 

@@ -23,6 +23,8 @@ PLAN, WEIGHTS = "plan.json", "model.safetensors"
 FUNCTIONS_STATE, CONFIG_STATE = "nncf.json", "compression_state.json"
 #: LegoNet's indices and codebook; Mix-and-Match's table of runs.
 PACKED, RUNS = "legonet.safetensors", "mix_and_match.json"
+#: Beside the weights; where another network is saved, what it does not write itself is stale.
+PARTS = (PLAN, FUNCTIONS_STATE, CONFIG_STATE, PACKED, RUNS)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def write(
         controller: NNCF 2.x's, where there is one.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for name in (PLAN, FUNCTIONS_STATE, CONFIG_STATE, PACKED, RUNS):
+    for name in PARTS:
         (directory / name).unlink(missing_ok=True)
     written = []
     # fx.GraphModule's deepcopy leaves these behind, so they are read before any copy is made.
