@@ -293,3 +293,12 @@ def test_categories_beside_vectors_are_no_point_cloud() -> None:
 def test_segments_must_be_modules() -> None:
     with pytest.raises(ConfigError, match="segments takes modules, not function"):
         SigmaBPruner(None, _images(), segments=[nn.Conv2d(3, 8, 3), lambda x: x, nn.Flatten()])
+
+
+def test_a_layer_of_another_model_cannot_be_ignored() -> None:
+    net = Net()
+    layer = copy.deepcopy(net).c[0]
+    with pytest.raises(ConfigError, match="Conv2d that is no module of this model"):
+        prepare(net, _images(), config=CONFIG, ignored_layers=[layer])
+    prepared = prepare(net, _images(), config=CONFIG.replace(levels=("b",), head="c"), ignored_layers=[net.a])
+    assert prepared.owned(0)

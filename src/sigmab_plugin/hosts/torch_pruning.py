@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
@@ -94,28 +93,19 @@ class SigmaBPruner(_Base):  # type: ignore[misc]
         self._calibration_data = calibration_data
         self._progress = progress
         self._net: SigmaBNet | None = None
-        try:
-            self.prepared = prepare(
-                model,
-                example_inputs,
-                config=self.config,
-                segments=segments,
-                importance=importance,
-                ignored_layers=ignored_layers,
-                customized_pruners=customized_pruners,
-                unwrapped_parameters=unwrapped_parameters,
-                root_module_types=root_module_types,
-                forward_fn=forward_fn,
-                output_transform=output_transform,
-            )
-            # step() copies the backbone last: what cannot be copied is better said now.
-            backbone = self.prepared.segments.backbone
-            copy.deepcopy(backbone, _tensors(backbone))
-        except (TypeError, RuntimeError) as error:
-            for number, module in enumerate([model] if segments is None else segments):
-                if isinstance(module, nn.Module):
-                    _explain(error, module, "" if segments is None else f"segment{number}")
-            raise
+        self.prepared = prepare(
+            model,
+            example_inputs,
+            config=self.config,
+            segments=segments,
+            importance=importance,
+            ignored_layers=ignored_layers,
+            customized_pruners=customized_pruners,
+            unwrapped_parameters=unwrapped_parameters,
+            root_module_types=root_module_types,
+            forward_fn=forward_fn,
+            output_transform=output_transform,
+        )
 
     def step(self, interactive: bool = False) -> Any:
         """Restructure.
@@ -163,31 +153,3 @@ class SigmaBPruner(_Base):  # type: ignore[misc]
     manual_prune_width = pruning_history = load_pruning_history = update_regularizer = regularize = (
         _unavailable
     )
-
-
-def _tensors(module: nn.Module) -> dict[int, Any]:
-    """Memo by which deepcopy shares the tensors that a branch gets copies of anyway."""
-    plain = (value for inner in module.modules() for value in vars(inner).values() if torch.is_tensor(value))
-    registered = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_leaf)
-    return {id(tensor): tensor for tensor in (*plain, *registered)}
-
-
-def _explain(error: Exception, model: nn.Module, prefix: str) -> None:
-    """Raise ModelError where ``error`` comes from an attribute of ``model`` that has no copy."""
-    memo = _tensors(model)
-    for name, module in model.named_modules(prefix=prefix):
-        own = {
-            key: value
-            for key, value in vars(module).items()
-            if key not in ("_modules", "_parameters", "_buffers")
-        }
-        for key, value in {**own, **module._parameters, **module._buffers}.items():
-            try:
-                copy.deepcopy(value, dict(memo))
-            except Exception as cause:
-                if str(cause) == str(error):
-                    raise ModelError(
-                        f"attribute {key!r} of module {name!r}, a {type(value).__name__}, cannot be copied, and every "
-                        f"branch gets a copy of its layers: {cause}. Delete it, detach it if it is a tensor, or create "
-                        "it when it is first used"
-                    ) from error

@@ -71,7 +71,8 @@ class Vectors:
         return tuple(torch.cat(column) if torch.is_tensor(column[0]) else column[0] for column in columns)
 
     def channel_dim(self, values: tuple[Any, ...], position: int) -> int:
-        return values[position].ndim - 1 if values[position].ndim <= 3 else 1
+        ndim: int = values[position].ndim
+        return ndim - 1 if ndim <= 3 else 1
 
 
 class Images(Vectors):
@@ -104,7 +105,7 @@ class ChannelsLast(Vectors):
         return features(frontier).flatten(1, -2).mean(dim=1)
 
     def channel_dim(self, values: tuple[Any, ...], position: int) -> int:
-        return values[position].ndim - 1
+        return int(values[position].ndim) - 1
 
 
 class Points(Vectors):
@@ -117,7 +118,8 @@ class Points(Vectors):
         total = self.size(frontier)
         sums = x.new_zeros(total, x.shape[1]).index_add_(0, batch, x)
         counts = torch.bincount(batch, minlength=total).clamp_(min=1)
-        return sums / counts.unsqueeze(1)
+        means: torch.Tensor = sums / counts.unsqueeze(1)
+        return means
 
     def take(self, frontier: Any, index: torch.Tensor) -> Any:
         x, pos, batch = frontier

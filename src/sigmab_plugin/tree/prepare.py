@@ -17,8 +17,9 @@ from ..channels.slicing import named_tensors
 from ..channels.ties import check_not_shared, check_not_tied
 from ..channels.torch_pruning import collect_groups
 from ..config import SigmaBConfig
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from .allocation import check_widths, filter_norms, width_of
+from .copying import check_copied
 from .modality import Modality
 from .reading import read_example
 from .segments import Segments, chain, cut
@@ -100,6 +101,9 @@ def prepare(
     pieces = dataclasses.replace(pieces, forward_fn=forward_fn)
     modules = [pieces.backbone, *pieces.tail]
     check_not_shared(modules)
+    check_copied(modules)
+    if model is not None:
+        _check_ignored(model, [*modules], ignored_layers or ())
     reading = read_example(pieces, example_inputs, model=None if segments is not None else model)
     collected = collect_groups(
         pieces.tail,
@@ -149,6 +153,16 @@ def prepare(
     if config.active_ratio is not None:
         prepared.scale = solve_scale(prepared)
     return prepared
+
+
+def _check_ignored(model: nn.Module, pieces: Sequence[nn.Module], ignored: Sequence[Any]) -> None:
+    """Raises ConfigError for a module that is none of the model's: it would be ignored in silence."""
+    known = {id(inner) for root in (model, *pieces) for inner in root.modules()}
+    for layer in ignored:
+        if isinstance(layer, nn.Module) and id(layer) not in known:
+            raise ConfigError(
+                f"ignored_layers holds a {type(layer).__name__} that is no module of this model; of a copy, perhaps?"
+            )
 
 
 def channel_means(group: ChannelGroup, means: torch.Tensor, frontier: int) -> torch.Tensor:

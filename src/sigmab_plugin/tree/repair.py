@@ -181,7 +181,8 @@ def regress(x: Tensor, y: Tensor, copied: Tensor, *, bias: bool) -> tuple[Tensor
     def fit(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
         pull = ridge * gram.diagonal().mean()
         pulled = gram + pull * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return copied + torch.linalg.solve(pulled, (cross - copied @ gram).T).T
+        moved: Tensor = torch.linalg.solve(pulled, (cross - copied @ gram).T).T
+        return copied + moved
 
     def error(weight: Tensor) -> float:  # up to what does not depend on the weights
         gram, cross = held_out

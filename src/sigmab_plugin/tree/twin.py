@@ -40,7 +40,8 @@ class StaticTwin(nn.Module):
         value = self.segments[0](*inputs, **named)
         for segment in self.segments[1:]:
             value = call(segment, value)
-        return value
+        logits: torch.Tensor = value
+        return logits
 
 
 def static_twin(
