@@ -182,6 +182,16 @@ def test_evaluate_without_dense_weights_leaves_out_its_row(
     assert "needs the dense network's weights" in capsys.readouterr().err
 
 
+def test_a_report_does_not_replace_files_of_the_network(
+    tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (tree / "plan.json").read_bytes()
+    for name in ("plan.html", "plan.json"):
+        assert main(["evaluate", str(tree), "--data", "digits", "--report", str(tree / name)]) == 2
+        assert "samples" not in capsys.readouterr().err  # it is said before the work
+    assert (tree / "plan.json").read_bytes() == before
+
+
 def test_evaluate_names_no_split_that_the_data_lack(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,12 +27,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     from ..data import Loader
     from ..hosts.nncf_folder import is_tree
-    from ..report import write_report
+    from ..report import check_report_path, write_report
     from ..report.provenance import provenance
     from ..tuning import evaluate
     from .folder import LOG, TWIN_LOG, open_dense, open_net, open_other, open_twin, read_record
     from .measure import Measured, check_fit, collect, command_line, example_of, read_history, say, show
 
+    if args.report:
+        check_report_path(args.report)  # before the work, not after it
     record = read_record(args.folder, args)
     device = pick_device(args)
     data = open_data(args)
