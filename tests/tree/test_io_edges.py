@@ -279,3 +279,11 @@ def test_macs_of_inputs_by_keyword() -> None:
     net = _pruner(model, example=example, calibration_data=batches).step()
     plain = _built(Net())
     assert net.macs(example) == plain.macs(DATA[0])
+
+
+def test_a_net_that_a_framework_wrapped_is_not_saved_without_what_it_added(tmp_path: Path) -> None:
+    net = _built(Net())
+    net.add_module("_quantizers", nn.Linear(2, 2))
+    with pytest.raises(ModelError, match=r"tensors of a framework that wrapped it \(_quantizers\)"):
+        save(net, tmp_path / "tree")
+    assert not (tmp_path / "tree").exists()

@@ -215,6 +215,116 @@ def test_channels_last_are_found(side: int) -> None:
     assert [g.name for g in prepared.groups if g.prunable] == ["b.layer", "c.layer"]
 
 
+class Merging(nn.Module):
+    """As in Swin: a stage begins with four neighbours beside one another."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.merge, self.block = nn.Linear(4 * inputs, outputs), Block(outputs, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+        return self.block(self.merge(torch.cat(parts, -1)))
+
+
+def test_channels_last_are_found_before_patches_are_merged() -> None:
+    net = Net(a=nn.Linear(3, 8), b=Merging(8, 16), c=Merging(16, 24), d=Mean())
+    prepared = prepare(net, torch.randn(12, 16, 16, 3), config=CONFIG)
+    assert [kind.name for kind in prepared.modalities] == ["channels_last"] * 3
+    assert prepared.features == (8, 16, 24)
+
+
+class AlongRows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.conv = nn.Linear(8, 8), nn.Conv2d(8, 16, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.conv(x + self.rows(x)))
+
+
+def test_a_linear_layer_along_rows_makes_no_channels_last() -> None:
+    prepared = prepare(Net(b=AlongRows()), _images(), config=CONFIG)
+    assert [kind.name for kind in prepared.modalities] == ["images"] * 3
+
+
+class Noisy(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Conv2d(3, 8, 3, padding=1), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+def test_noise_in_eval_is_no_fault_but_a_changing_state_is() -> None:
+    prepare(Noisy(), _images(), config=CONFIG)
+    _refused(Net(a=Counting()), _images(), "other outputs for the same inputs when it is called again")
+
+
+def test_infinite_logits_are_compared() -> None:
+    net = Net()
+    with torch.no_grad():
+        net.d[2].bias[1] = -torch.inf
+        net.d[2].bias[2] = torch.nan
+    prepare(net, _images(), config=CONFIG)
+
+
+def test_inference_mode() -> None:
+    net = Net().eval()
+    with torch.inference_mode():
+        x = _images() + 1
+    prepare(net, x.clone(), config=CONFIG)
+
+
+def test_inputs_whose_first_dimension_is_not_the_batch() -> None:
+    class Mixing(Net):
+        def forward(self, x: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.einsum("bchw,cd->bdhw", x, colours))
+
+    prepare(Mixing(), (_images(3), torch.eye(3)), config=CONFIG)
+
+
+def test_points_as_plain_tensors() -> None:
+    class Points(nn.Module):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.layer = nn.Linear(inputs, outputs)
+
+        def forward(self, x: torch.Tensor, pos: torch.Tensor, batch: torch.Tensor) -> Any:
+            return torch.relu(self.layer(x)), pos, batch
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(24, 5)
+
+        def forward(self, x: torch.Tensor, pos: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+            count = int(batch.max()) + 1
+            return self.layer(x.new_zeros(count, x.shape[1]).index_add_(0, batch, x))
+
+    class Cloud(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = Points(6, 8), Points(8, 16), Points(16, 24), Pooled()
+
+        def forward(self, x: torch.Tensor, pos: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+            x, pos, batch = self.a(x, pos, batch)
+            x, pos, batch = self.b(x, pos, batch)
+            x, pos, batch = self.c(x, pos, batch)
+            return self.d(x, pos, batch)
+
+    inputs = (torch.randn(36, 6), torch.randn(36, 3), torch.arange(36) // 3)
+    prepared = prepare(Cloud(), inputs, config=CONFIG)
+    assert [kind.name for kind in prepared.modalities] == ["points"] * 3
+
+
 class Conformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -300,5 +410,5 @@ def test_a_layer_of_another_model_cannot_be_ignored() -> None:
     layer = copy.deepcopy(net).c[0]
     with pytest.raises(ConfigError, match="Conv2d that is no module of this model"):
         prepare(net, _images(), config=CONFIG, ignored_layers=[layer])
-    prepared = prepare(net, _images(), config=CONFIG.replace(levels=("b",), head="c"), ignored_layers=[net.a])
+    prepared = prepare(net, _images(), config=CONFIG.replace(levels=("b",), head="c"), ignored_layers=net.a)
     assert prepared.owned(0)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sigmab_plugin import SigmaBConfig, SigmaBPruner
 from sigmab_plugin.channels import ChannelGroup
 from sigmab_plugin.channels.slicing import named_tensors
+from sigmab_plugin.errors import ConfigError
 from sigmab_plugin.tree.prepare import prepare
 from sigmab_plugin.tree.reading import read_example
 from sigmab_plugin.tree.trial import confirmed_groups
@@ -183,6 +184,70 @@ def _without(
     return masked
 
 
+def _scaled_flip(x: torch.Tensor) -> torch.Tensor:
+    return x + 1e-4 * x.flip(1)
+
+
+def _half_dropped(x: torch.Tensor) -> torch.Tensor:
+    return F.dropout(x, 0.5, training=True)
+
+
+def _checked(x: torch.Tensor) -> torch.Tensor:
+    if bool((x < 0).any()):
+        raise ValueError("negative")
+    return x.flip(1)
+
+
+@pytest.mark.parametrize("function", [_scaled_flip, _checked, lambda x: x.flip(1).log().clamp(-3)])
+def test_a_fault_is_found_however_small_or_hidden(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    reasons = _prunable(ConvNet(function), torch.randn(10, 3, 8, 8))
+    assert "graph" in reasons["c.first"]
+    assert not reasons["b.0"]
+
+
+def test_classes_that_are_masked_hide_nothing() -> None:
+    class MaskedNet(ConvNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.d(self.c(self.b(torch.relu(self.a(x)))).mean((2, 3)))
+
+    net = MaskedNet(lambda x: x.flip(1))
+    with torch.no_grad():
+        net.d.bias[2] = -torch.inf
+    assert "graph" in _prunable(net, torch.randn(10, 3, 8, 8))["c.first"]
+
+
+def test_a_network_that_draws_in_eval_is_tried_by_cutting(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="sigmab_plugin.tree.trial"):
+        reasons = _prunable(ConvNet(_half_dropped), torch.randn(10, 3, 8, 8))
+    assert [reasons[key] for key in ("b.0", "c.first", "c.last")] == ["", "", ""]
+    assert any("draws random numbers" in record.message for record in caplog.records)
+
+
+def test_rounding_of_a_deep_network_is_no_fault() -> None:
+    def plain(inputs: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for _ in range(45):
+            layers += [nn.Conv2d(inputs, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+            inputs = 8
+        return nn.Sequential(*layers)
+
+    net = nn.Sequential()
+    for name, part in {"a": nn.Conv2d(3, 4, 3), "b": plain(4), "c": plain(8)}.items():
+        net.add_module(name, part)
+    net.add_module("d", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
+    net.train()
+    for _ in range(3):
+        net(torch.randn(16, 3, 8, 8))
+    reasons = _prunable(net, torch.randn(2, 3, 8, 8))
+    assert [name for name, reason in reasons.items() if reason] == ["d.2"]
+
+
+def test_widths_of_channels_that_stay_are_refused() -> None:
+    config = CONFIG.replace(widths={"c": {"c.first": 8}})
+    with pytest.raises(ConfigError, match=r"'c\.first' keeps all 24 channels: the graph is wrong"):
+        prepare(ConvNet(lambda x: x.flip(1)).eval(), torch.randn(10, 3, 8, 8), config=config)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_groups_that_are_right_stand_the_trial(case: Case) -> None:
     model, data = case.model(), case.batches(1)
@@ -205,7 +270,14 @@ def test_a_wrong_description_is_found(name: str) -> None:
 
     def stands(changed: ChannelGroup) -> bool:
         others = [g for g in prepared.groups if g.name != group.name]
-        found = confirmed_groups([*others, changed], tail, frontier, shapes=shapes, prober=prepared.prober)
+        found = confirmed_groups(
+            [*others, changed],
+            tail,
+            frontier,
+            kind=prepared.modalities[0],
+            shapes=shapes,
+            prober=prepared.prober,
+        )
         assert [g.prunable for g in found[:-1]] == [g.prunable for g in others]
         return found[-1].prunable
 

@@ -24,6 +24,7 @@ def slice_module(
     slices: Slices,
     *,
     attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """A copy of ``module`` in which each tensor keeps the indices that ``slices`` names.
 
@@ -33,20 +34,24 @@ def slice_module(
     Args:
         slices: tensor name -> {dim: kept indices, ascending}.
         attributes: submodule name -> attributes to set, for layers that no layout describes.
+        dtype: floating-point tensors are converted to it.
     """
     memo: dict[int, Any] = computed_tensors(module)
     touched: set[str] = set()
     for name, tensor in named_tensors(module).items():
-        if name not in slices:
+        if name not in slices and dtype is None:
             continue
         kept = tensor.detach()
-        for dim, index in slices[name].items():
+        for dim, index in slices.get(name, {}).items():
             kept = kept.index_select(dim, index.to(kept.device))
+        if dtype is not None:
+            kept = kept.to(dtype) if kept.is_floating_point() else kept.clone()
         if isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = nn.Parameter(kept, requires_grad=tensor.requires_grad)
         else:
             memo[id(tensor)] = kept
-        touched.update(_prefixes(name))
+        if name in slices:
+            touched.update(_prefixes(name))
     result = copy.deepcopy(module, memo)
     # Outer modules first would read stale inner attributes: refresh the innermost first.
     for name, submodule in reversed(list(result.named_modules())):

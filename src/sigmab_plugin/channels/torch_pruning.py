@@ -355,7 +355,7 @@ def _inside(originals: Mapping[Any, Any], layers: Sequence[Any]) -> list[Any]:
     """Counterparts of ignored layers and of everything in them, as Torch-Pruning expands containers."""
     found: list[Any] = []
     outside: list[str] = []
-    for layer in [layers] if isinstance(layers, (str, nn.Module)) else layers:
+    for layer in [layers] if isinstance(layers, str) else layers:
         if not isinstance(layer, (nn.Module, nn.Parameter)):
             raise ConfigError(
                 f"ignored_layers takes modules and parameters of the model, not {layer!r} "

@@ -80,17 +80,23 @@ def layers_of(group: ChannelGroup) -> list[str]:
 
 
 def check_widths(config: SigmaBConfig, groups: Iterable[ChannelGroup], levels: Sequence[str]) -> None:
-    """Raise ConfigError for width keys that name nothing."""
+    """Raise ConfigError for width keys that name nothing, or channels that all stay."""
     paths = {"/".join(bits) for depth in range(1, len(levels)) for bits in _paths(depth)}
-    names = {name for group in groups for name in (group.name, *layers_of(group))}
+    groups = list(groups)
+    named = {name: group for group in groups for name in (group.name, *layers_of(group))}
     for key, spec in config.widths.items():
         if key not in levels and key not in paths:
             raise ConfigError(
                 f"widths: {key!r} is neither a level ({', '.join(levels)}) nor a branch such as '0' or '0/1'"
             )
-        for inner in spec if isinstance(spec, dict) else ():
-            if inner not in ("output", "inner") and inner not in names:
+        for inner, asked in spec.items() if isinstance(spec, dict) else ():
+            if inner not in ("output", "inner") and inner not in named:
                 raise ConfigError(f"widths[{key!r}]: no group of channels belongs to a layer {inner!r}")
+            group = named.get(inner)
+            if group is not None and group.complete and asked != group.size:
+                raise ConfigError(
+                    f"widths[{key!r}]: {inner!r} keeps all {group.size} channels: {group.complete}"
+                )
 
 
 def _paths(depth: int) -> list[tuple[str, ...]]:

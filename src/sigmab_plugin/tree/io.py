@@ -30,20 +30,30 @@ WEIGHTS = "model.safetensors"
 _PENDING = WEIGHTS + ".new"
 
 
+#: What a net's tensors belong to.
+_PARTS = ("backbone", "routers", "specializers", "heads")
+
+
 def save(net: SigmaBNet, directory: str | os.PathLike[str]) -> Path:
     """Write ``plan.json`` and ``model.safetensors`` into ``directory``; an older pair is replaced atomically.
 
     Raises:
         OSError: no space or no permission; an older pair stays as it was.
         ModelError: channels were removed after restructuring, so that the plan could not build such a net
-            again; or a module's extra state is neither a tensor nor JSON.
+            again; a module's extra state is neither a tensor nor JSON; or another framework added tensors.
     """
     from safetensors.torch import save as serialize
 
     _check_widths(net)
+    state = net.state_dict()
+    foreign = sorted({name.partition(".")[0] for name in state} - set(_PARTS))
+    if foreign:
+        raise ModelError(
+            f"the net holds tensors of a framework that wrapped it ({', '.join(foreign)}), and a plan does not describe "
+            "them: save it as that framework's page tells (docs/nncf.md)"
+        )
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    state = net.state_dict()
     tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
     weights = serialize(unshared(tensors), metadata={"format": "pt"})
     facts: dict[str, Any] = {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()}

@@ -5,12 +5,10 @@ A *frontier* is what crosses a cut: a tensor, or a tuple whose first entry holds
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import ModelError
 
@@ -157,39 +155,9 @@ def modality(name: str) -> Modality:
     return _KINDS[name]()
 
 
-class Readers:
-    """Layers that read a tensor of the frontier's shape say which of its dimensions holds the channels."""
-
-    def __init__(self, frontier: Any, modules: Iterable[nn.Module]) -> None:
-        self._shape = features(frontier).shape
-        self._modules = [m for m in modules if isinstance(m, (*_CHANNELS_FIRST, *_CHANNELS_LAST))]
-        self._handles: list[RemovableHandle] = []
-        self.channels_last: bool | None = None
-
-    def __enter__(self) -> Readers:
-        self._handles = [m.register_forward_pre_hook(self._read) for m in self._modules]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _read(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0] if inputs else None
-        if self.channels_last is not None or not torch.is_tensor(x) or x.shape != self._shape:
-            return
-        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-            return  # over channels and positions alike
-        self.channels_last = isinstance(module, _CHANNELS_LAST)
-
-
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
-_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
-
-
 def check_features(frontier: Any, cut: str) -> None:
     """Raises ModelError unless the frontier has features, and one row per sample in each of its tensors."""
-    if isinstance(frontier, (tuple, list)) and _is_point_cloud(frontier):
+    if is_point_cloud(frontier):
         return
     x = features(frontier) if not isinstance(frontier, (tuple, list)) or len(frontier) else None
     if not torch.is_tensor(x) or not x.is_floating_point():
@@ -209,33 +177,13 @@ def check_features(frontier: Any, cut: str) -> None:
         )
 
 
-def detect(
-    frontier: Any, modules: Iterable[nn.Module], *, channels_last: bool | None, before: Modality | None
-) -> Modality:
-    """The modality of a frontier that :func:`check_features` accepts.
-
-    Args:
-        modules: what lies in the segment that reads it.
-        channels_last: what :class:`Readers` saw there; None: nothing.
-        before: the modality of the cut before, which holds where nothing else tells.
-    """
-    if isinstance(frontier, (tuple, list)) and _is_point_cloud(frontier):
-        return Points()
-    ndim = features(frontier).ndim
-    if ndim == 2:
-        return Vectors()
-    if channels_last is None:
-        previous = {"tokens": (3,), "channels_last": (4, 5), "images": (3, 4, 5)}
-        if before is not None and ndim in previous.get(before.name, ()):
-            return before
-        channels_last = ndim == 3 and not any(isinstance(m, nn.modules.conv._ConvNd) for m in modules)
-    if not channels_last:
-        return Images()
-    return Tokens() if ndim == 3 else ChannelsLast()
-
-
-def _is_point_cloud(values: Any) -> bool:
-    if len(values) != 3 or not all(torch.is_tensor(v) for v in values):
+def is_point_cloud(values: Any) -> bool:
+    """Whether this is torch-geometric's (x, pos, batch)."""
+    if (
+        not isinstance(values, (tuple, list))
+        or len(values) != 3
+        or not all(torch.is_tensor(v) for v in values)
+    ):
         return False
     x, pos, batch = values
     if not (x.ndim == pos.ndim == 2 and batch.ndim == 1 and len(x) == len(pos) == len(batch) > 0):

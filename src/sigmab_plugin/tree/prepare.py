@@ -102,6 +102,8 @@ def prepare(
     modules = [pieces.backbone, *pieces.tail]
     check_not_shared(modules)
     check_copied(modules)
+    if isinstance(ignored_layers, (nn.Module, nn.Parameter)):
+        ignored_layers = [ignored_layers]
     if model is not None:
         _check_ignored(model, [*modules], ignored_layers or ())
     reading = read_example(pieces, example_inputs, model=None if segments is not None else model)
@@ -119,7 +121,12 @@ def prepare(
     check_not_tied(collected.groups, pieces.tail)
     shapes = tuple({name: tuple(t.shape) for name, t in named_tensors(m).items()} for m in modules)
     groups = confirmed_groups(
-        collected.groups, pieces.tail, reading.frontier, shapes=shapes[1:], prober=collected.prober
+        collected.groups,
+        pieces.tail,
+        reading.frontier,
+        kind=reading.modalities[0],
+        shapes=shapes[1:],
+        prober=collected.prober,
     )
     tensors = {(i, name): t for i, m in enumerate(pieces.tail) for name, t in named_tensors(m).items()}
     scores = {g.name: collected.scores.get(g.name, None) for g in groups if g.prunable}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,9 @@ from torch import fx, nn
 from ..errors import ModelError, SigmaBError
 from ..modes import evaluating
 from ..tuning.seeding import preserve_random_state
-from .modality import Modality, Readers, check_features, detect
+from .agreement import agree
+from .detection import Witnesses, detect
+from .modality import Modality, Points, check_features
 from .segments import Segments, call
 
 
@@ -48,33 +52,28 @@ def read_example(
     if any(tensor.is_meta for module in (pieces.backbone, *pieces.tail) for tensor in module.parameters()):
         raise ModelError("the model is on the meta device and has no values: load its weights first")
     with evaluating(*([model] if model is not None else []), pieces.backbone, *pieces.tail):
-        wanted = None
-        if model is not None:
-            wanted = _attempt(
-                lambda: (pieces.forward_fn or call)(model, example),
-                "the model does not run on example_inputs",
-            )
-            _check_output(wanted)
-        frontiers, kinds = _chain(pieces, example)
-        output = frontiers.pop()
+        whole = functools.partial(_whole, pieces, model, example)
+        wanted = whole() if model is not None else None
+        frontiers, kinds, output = _chain(pieces, example)
         _check_output(output)
         if wanted is not None:
-            _check_same(wanted, output)
-        _check_batch(pieces, [kind.size(value) for kind, value in zip(kinds, frontiers, strict=True)], output)
-        longer = _longer(example)
-        if longer is not None:  # a dimension that has the batch's length by chance does not grow with it
-            more, _ = _chain(pieces, longer)
-            output = more.pop()
-            _check_batch(pieces, [kind.size(value) for kind, value in zip(kinds, more, strict=True)], output)
+            _check_same(output, wanted, whole)
+        _check_batch(pieces, frontiers, kinds, output)
+        if not any(isinstance(kind, Points) for kind in kinds):  # their rows are points, not samples
+            _check_longer(pieces, example)
         pooled = tuple(kind.pool(value).shape[1] for kind, value in zip(kinds, frontiers, strict=True))
     return Reading(frontiers[0], tuple(kinds), pooled)
 
 
-def _chain(pieces: Segments, example: Any) -> tuple[list[Any], list[Modality]]:
-    """The value at every cut and the output; the modality of every cut."""
-    with preserve_random_state():
-        torch.manual_seed(0)
-        value = _attempt(lambda: pieces.enter(example), "the part before the first level does not run")
+class _RunError(ModelError):
+    """A piece does not run on what it is given."""
+
+
+def _chain(pieces: Segments, example: Any) -> tuple[list[Any], list[Modality], Any]:
+    """The value and the modality at every cut, and the output."""
+    with _seeded():
+        with Witnesses(pieces.backbone) as before:
+            value = _attempt(lambda: pieces.enter(example), "the part before the first level does not run")
         values: list[Any] = []
         kinds: list[Modality] = []
         for number, (name, segment) in enumerate(zip(pieces.names, pieces.tail, strict=True)):
@@ -82,9 +81,9 @@ def _chain(pieces: Segments, example: Any) -> tuple[list[Any], list[Modality]]:
             check_features(value, name)
             values.append(value)
             versions = _versions(value)
-            with Readers(value, segment.modules()) as readers:
+            with Witnesses(segment) as behind:
                 output = _attempt(
-                    lambda segment=segment, value=value: call(segment, value),  # type: ignore[misc]
+                    functools.partial(call, segment, value),
                     f"the part from {name!r} on does not run on what crosses the cut",
                 )
             if number < len(pieces.levels) and _versions(value) != versions:
@@ -92,10 +91,32 @@ def _chain(pieces: Segments, example: Any) -> tuple[list[Any], list[Modality]]:
                     f"level {name!r} changes its input in place, and its sibling branches read the same input: set "
                     "inplace=False where it begins (nn.ReLU(inplace=False)), or write x = x + ... for x += ..."
                 )
-            before = kinds[-1] if kinds else None
-            kinds.append(detect(value, segment.modules(), channels_last=readers.channels_last, before=before))
-            value = output
-    return [*values, value], kinds
+            previous = kinds[-1] if kinds else None
+            modules = segment.modules()
+            kinds.append(
+                detect(value, before=before, behind=behind, previous=previous, modules=modules, cut=name)
+            )
+            value, before = output, behind
+    return values, kinds, value
+
+
+def _whole(pieces: Segments, model: Any, example: Any) -> torch.Tensor:
+    """The output of the model as it is."""
+    run = pieces.forward_fn or call
+    with _seeded():
+        output: torch.Tensor = _attempt(
+            lambda: run(model, example), "the model does not run on example_inputs"
+        )
+    _check_output(output)
+    return output
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """A sampling's first point, or noise that is drawn in eval mode, too, is the same in every run."""
+    with preserve_random_state():
+        torch.manual_seed(0)
+        yield
 
 
 def _attempt(action: Callable[[], Any], what: str) -> Any:
@@ -104,7 +125,7 @@ def _attempt(action: Callable[[], Any], what: str) -> Any:
     except SigmaBError:
         raise
     except Exception as error:
-        raise ModelError(
+        raise _RunError(
             f"{what}: {type(error).__name__}: {error}. Give example_inputs (shape, dtype, device) as the model takes "
             "them; arguments that are optional in forward must be given or have no effect."
         ) from error
@@ -123,7 +144,8 @@ def _check_single(segment: nn.Module, value: Any, name: str) -> None:
 
 def _versions(value: Any) -> list[int]:
     parts = value if isinstance(value, (tuple, list)) else (value,)
-    return [part._version for part in parts if torch.is_tensor(part)]
+    # Tensors made in inference mode have no version.
+    return [part._version for part in parts if torch.is_tensor(part) and not part.is_inference()]
 
 
 def _check_output(output: Any) -> None:
@@ -135,24 +157,26 @@ def _check_output(output: Any) -> None:
     )
 
 
-def _check_same(wanted: torch.Tensor, found: torch.Tensor) -> None:
-    close = wanted.shape == found.shape and torch.allclose(
-        wanted.float(),
-        found.float(),
-        rtol=1e-2,
-        atol=1e-2 * float(wanted.float().abs().max()),
-        equal_nan=True,
-    )
-    if not close:
+def _check_same(found: torch.Tensor, wanted: torch.Tensor, again: Callable[[], torch.Tensor]) -> None:
+    if agree(found, wanted, tolerance=1e-2):
+        return
+    if not agree(again(), wanted, tolerance=1e-2):
         raise ModelError(
-            "backbone, levels and head in a row do not compute what the model computes: hooks on the model itself, and "
-            "branches of forward on optional arguments, are lost by cutting. Put them into a submodule, or pass "
-            "segments=[backbone, level, ..., head]."
+            "the model gives other outputs for the same inputs when it is called again: a layer changes its state in "
+            "eval mode, or draws random numbers that no seed of torch's governs"
         )
+    raise ModelError(
+        "backbone, levels and head in a row do not compute what the model computes: hooks on the model itself, and "
+        "branches of forward on optional arguments, are lost by cutting. Put them into a submodule, or pass "
+        "segments=[backbone, level, ..., head]."
+    )
 
 
-def _check_batch(pieces: Segments, sizes: Sequence[int], output: torch.Tensor) -> None:
-    for name, size in zip(pieces.names, sizes, strict=True):
+def _check_batch(
+    pieces: Segments, frontiers: Sequence[Any], kinds: Sequence[Modality], output: torch.Tensor
+) -> None:
+    for name, value, kind in zip(pieces.names, frontiers, kinds, strict=True):
+        size = kind.size(value)
         if size != len(output):
             raise ModelError(
                 f"at the cut {name!r} there are {size} rows for {len(output)} samples: what crosses a cut must have "
@@ -161,18 +185,26 @@ def _check_batch(pieces: Segments, sizes: Sequence[int], output: torch.Tensor) -
             )
 
 
+def _check_longer(pieces: Segments, example: Any) -> None:
+    """A dimension that has the batch's length by chance does not grow with it."""
+    longer = _longer(example)
+    if longer is None:
+        return
+    try:
+        frontiers, kinds, output = _chain(pieces, longer)
+    except _RunError:  # not every first dimension of the inputs is the batch
+        return
+    _check_batch(pieces, frontiers, kinds, output)
+
+
 def _longer(example: Any) -> Any | None:
     """The example with its first sample once more at the end; None where that cannot be told from tensors alone."""
-    parts = example if isinstance(example, (tuple, list)) else [example]
     if isinstance(example, dict):
-        parts = list(example.values())
+        grown = _longer(list(example.values()))
+        return None if grown is None else dict(zip(example, grown, strict=True))
+    parts = example if isinstance(example, (tuple, list)) else [example]
     tensors = [part for part in parts if torch.is_tensor(part)]
     if not tensors or any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors):
         return None
-
-    def grown(part: Any) -> Any:
-        return torch.cat([part, part[:1]]) if torch.is_tensor(part) else part
-
-    if isinstance(example, dict):
-        return {key: grown(part) for key, part in example.items()}
-    return tuple(grown(part) for part in example) if isinstance(example, (tuple, list)) else grown(example)
+    longer = tuple(torch.cat([part, part[:1]]) if torch.is_tensor(part) else part for part in parts)
+    return longer if isinstance(example, (tuple, list)) else longer[0]

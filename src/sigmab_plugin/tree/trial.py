@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,9 +25,16 @@ from torch import Tensor, nn
 from ..channels import ChannelGroup, Slices, slice_module, slices_of
 from ..channels.probe import Prober
 from ..modes import evaluating
+from ..tuning.distributed import broadcast_object
 from ..tuning.seeding import preserve_random_state
+from .agreement import agree
+from .modality import Modality, features
 from .segments import call
 
+_log = logging.getLogger(__name__)
+
+#: Samples of the example at most.
+_SAMPLES = 4
 #: Shares of the channels that the sliced runs keep: sizes that agree by chance in one do not in the other.
 _KEPT = (0.5, 0.7)
 
@@ -36,35 +44,46 @@ def confirmed_groups(
     tail: Sequence[nn.Module],
     frontier: Any,
     *,
+    kind: Modality,
     shapes: Sequence[dict[str, tuple[int, ...]]],
     prober: Prober | None,
 ) -> tuple[ChannelGroup, ...]:
-    """``groups``; those that do not stand the trial are complete, with the reason.
+    """``groups``; those that do not stand the trial are complete, with the reason. All ranks take rank 0's word.
 
     Args:
         tail: levels and head.
-        frontier: the backbone's output for some samples.
+        frontier: the backbone's output for some samples, of modality ``kind``.
         shapes: tensor name -> shape, for each segment of the tail.
     """
     with evaluating(*tail), preserve_random_state():
-        trial = _Trial(tail, frontier, shapes, prober)
-        prunable = [group for group in groups if group.prunable]
-        if not trial.problem(prunable):
-            return tuple(groups)
-        stood: list[ChannelGroup] = []
-        result = []
-        for group in groups:
-            if group.prunable:
-                problem = trial.problem([*stood, group])
-                if problem:
-                    group = dataclasses.replace(group, complete=problem)
-                else:
-                    stood.append(group)
-            result.append(group)
-    return tuple(result)
+        few = kind.take(
+            frontier, torch.arange(min(_SAMPLES, kind.size(frontier)), device=features(frontier).device)
+        )
+        problems = _sorted_out(
+            _Trial(tail, few, shapes, prober), [group for group in groups if group.prunable], []
+        )
+    problems = broadcast_object(problems)
+    return tuple(
+        dataclasses.replace(group, complete=problems[group.name]) if group.name in problems else group
+        for group in groups
+    )
+
+
+def _sorted_out(trial: _Trial, groups: list[ChannelGroup], stood: list[ChannelGroup]) -> dict[str, str]:
+    """Problems by name; ``stood`` gets the groups that have none. Halves are tried together while they can be."""
+    problem = trial.problem([*stood, *groups])
+    if not problem:
+        stood += groups
+        return {}
+    if len(groups) == 1:
+        return {groups[0].name: problem}
+    half = len(groups) // 2
+    return {**_sorted_out(trial, groups[:half], stood), **_sorted_out(trial, groups[half:], stood)}
 
 
 class _Trial:
+    """Runs of the tail, in double precision if they can be: rounding must not pass for a fault, or hide one."""
+
     def __init__(
         self,
         tail: Sequence[nn.Module],
@@ -73,17 +92,25 @@ class _Trial:
         prober: Prober | None,
     ) -> None:
         self._tail, self._shapes, self._prober = tail, shapes, prober
-        self._frontier = _with_noise(frontier)
-        self._wanted = self._run(lambda number: tail[number])
+        self._frontier, self._double, self._wanted = self._first_run(frontier)
+        again = self._run(self._as_it_is, seed=1)
+        self._random = not agree(again, self._wanted, tolerance=self._tolerance())
+        if self._random:
+            _log.info(
+                "the network draws random numbers in eval mode: its channel groups are tried by cutting alone"
+            )
 
     def problem(self, groups: Sequence[ChannelGroup]) -> str:
         """Why these groups cannot be cut as they are described; empty if they can."""
         if not groups:
             return ""
         try:
-            found = self._run(lambda number: slice_module(self._tail[number], self._permuted(groups, number)))
-            if not self._agrees(found):
-                return "its channels cannot be told apart by the graph (reshaped, shuffled or reordered on the way)"
+            if not self._random:
+                found = self._run(lambda number: self._copy(number, self._permuted(groups, number)))
+                if not agree(found, self._wanted, tolerance=self._tolerance()):
+                    return (
+                        "the graph is wrong about its channels (reshaped, shuffled or reordered on the way)"
+                    )
             for share in _KEPT:
                 keep = {group.name: _some_channels(group, share) for group in groups}
                 found = self._run(functools.partial(self._sliced, groups, keep))
@@ -93,30 +120,58 @@ class _Trial:
             return f"the network does not run when it is cut ({_first_line(error)})"
         return ""
 
-    def _run(self, segment: Callable[[int], nn.Module]) -> Tensor:
-        torch.manual_seed(0)  # a sampling's first point is the same in every run
-        value = _cloned(self._frontier)  # layers may work in place
+    def _first_run(self, frontier: Any) -> tuple[Any, bool, Tensor]:
+        """Frontier, whether in double precision, and output: the first choice that gives most finite outputs.
+
+        With noise the channels differ whatever the example is, but a layer may refuse what it has not seen.
+        """
+        noisy = _with_noise(frontier)
+        best: tuple[Any, bool, Tensor] | None = None
+        for value, double in ((noisy, True), (noisy, False), (frontier, True), (frontier, False)):
+            self._frontier, self._double = value, double
+            try:
+                output = self._run(self._as_it_is)
+            except Exception as error:
+                if best is None and value is frontier and not double:
+                    raise
+                _log.debug("the trial of channel groups starts otherwise: %s", error)
+                continue
+            if best is None or output.isfinite().sum() > best[2].isfinite().sum():
+                best = (value, double, output)
+            if bool(output.isfinite().all()):
+                break
+        assert best is not None
+        return best
+
+    def _as_it_is(self, number: int) -> nn.Module:
+        return self._copy(number, {}) if self._double else self._tail[number]
+
+    def _copy(self, number: int, slices: Slices, attributes: Any = None) -> nn.Module:
+        dtype = torch.float64 if self._double else None
+        return slice_module(self._tail[number], slices, attributes=attributes, dtype=dtype)
+
+    def _run(self, segment: Callable[[int], nn.Module], *, seed: int = 0) -> Tensor:
+        torch.manual_seed(seed)  # a sampling's first point is the same in every run
+        value = _cloned(self._frontier, double=self._double)  # layers may work in place
         for number in range(len(self._tail)):
-            value = call(segment(number).eval(), value)
+            module = segment(number).eval()
+            value = call(module, value)
+            if module is not self._tail[number]:
+                _release(module)
         output: Tensor = value
         return output
 
-    def _agrees(self, found: Tensor) -> bool:
-        if found.shape != self._wanted.shape:
-            return False
-        if not bool(torch.isfinite(self._wanted).all()):
-            return True  # nothing to compare
-        tolerance = math.sqrt(torch.finfo(found.dtype).eps)
-        if found.device.type != "cpu":
-            tolerance = max(tolerance, 1e-2)  # reduced-precision products
-        scale = float(self._wanted.abs().max())
-        return float((found - self._wanted).abs().max()) <= tolerance * scale
+    def _tolerance(self) -> float:
+        tolerance = math.sqrt(torch.finfo(self._wanted.dtype).eps)
+        if self._wanted.device.type != "cpu" and self._wanted.dtype == torch.float32:
+            return max(tolerance, 1e-2)  # products of reduced precision
+        return tolerance
 
     def _sliced(self, groups: Sequence[ChannelGroup], keep: dict[str, Tensor], number: int) -> nn.Module:
         module = self._tail[number]
         slices = slices_of(groups, keep, segment=number, shapes=self._shapes[number])
         attributes = self._prober.attributes(module, keep, segment=number) if self._prober else {}
-        return slice_module(module, slices, attributes=attributes)
+        return self._copy(number, slices, attributes)
 
     def _permuted(self, groups: Sequence[ChannelGroup], number: int) -> Slices:
         """Index of every tensor that has all channels of ``groups`` in another order."""
@@ -136,6 +191,12 @@ class _Trial:
                 rank = torch.arange(len(channels)) - starts[channels]
                 index[positions] = positions[starts[order[channels]] + rank]
         return slices
+
+
+def _release(module: nn.Module) -> None:
+    """Give back a copy's memory now: traced modules hold themselves in cycles until they are collected."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.new_empty(0)
 
 
 def _reordered(group: ChannelGroup) -> Tensor:
@@ -179,10 +240,16 @@ def _with_noise(frontier: Any) -> Any:
     return noisy(frontier)
 
 
-def _cloned(value: Any) -> Any:
+def _cloned(value: Any, *, double: bool) -> Any:
     if isinstance(value, (tuple, list)):
-        return tuple(_cloned(part) for part in value)
-    return value.clone() if torch.is_tensor(value) else value
+        return tuple(_cloned(part, double=double) for part in value)
+    if not torch.is_tensor(value):
+        return value
+    return (
+        value.double()
+        if double and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        else value.clone()
+    )
 
 
 def _first_line(error: Exception) -> str:
