@@ -11,7 +11,6 @@ new layers cannot take part in that, so lists with a technique are carried out b
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any, ClassVar
@@ -35,7 +34,7 @@ from ..techniques.base import Technique
 from ..tree.net import ParameterCounts, SigmaBNet
 from .nncf_needs import REGISTERED, check_needs
 from .nncf_outcome import outcome
-from .nncf_schema import as_list, check, check_levels, hide_untraced, sections, techniques
+from .nncf_schema import check, check_levels, hide_untraced, sections, techniques
 from .nncf_v2_controller import (
     FinishedController,
     OrderedCompositeController,
@@ -44,22 +43,10 @@ from .nncf_v2_controller import (
 )
 from .nncf_v2_data import context_of, registered
 from .nncf_v2_network import adopt, rewrap, unwrap, weights_of
+from .nncf_v2_scopes import config_for_new_network
 from .nncf_v2_statistics import summary
 
 _log = logging.getLogger(__name__)
-
-#: Functions that stand in the net's own forward (pooling, mixing of leaves) rather than in a layer. Quantizers are
-#: addressed by scope and order of calls, and these are called in another order in hard routing.
-_ROOT_FUNCTIONS = r"{re}^[^/\[\]]+/[^/\[\]]+$"
-#: A router is one or two per cent of a path's weights and decides where every sample goes: it keeps them all.
-_ROUTERS = r"{re}ModuleDict\[routers\]"
-_ADDED_SCOPES = {
-    "quantization": (_ROOT_FUNCTIONS,),
-    "magnitude_sparsity": (_ROUTERS,),
-    "rb_sparsity": (_ROUTERS,),
-    "const_sparsity": (_ROUTERS,),
-    "filter_pruning": (_ROUTERS,),
-}
 
 
 class TechniqueBuilder(PTCompressionAlgorithmBuilder):
@@ -176,7 +163,7 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
         check(config)
         # NNCF's builders read their scopes from the config when they are made, so the ones that will see the new
         # network are made from a copy in which the scopes are written for it.
-        later = _config_for_new_network(config, self._split)
+        later = config_for_new_network(config, self._split)
         for number in range(self._split, len(names)):
             builder = PT_COMPRESSION_ALGORITHMS.get(names[number])
             self._child_builders[number] = builder(later, should_init=should_init)
@@ -268,45 +255,6 @@ def _restore_buffers(model: nn.Module) -> None:
             if value is not None:
                 del module._parameters[name]
                 module.register_buffer(name, value.detach())
-
-
-def _config_for_new_network(config: NNCFConfig, split: int) -> NNCFConfig:
-    """``config`` with dense scopes rewritten so that they match inside the restructured network too.
-
-    ``split`` is the number of sections up to the last technique.
-    """
-    rewritten = NNCFConfig(_rewrite_scopes(deepcopy(dict(config))))
-    rewritten.register_extra_structs(config.get_all_extra_structs())
-    entries = rewritten["compression"]
-    if any(entry["algorithm"] == SigmaBConfig.algorithm for entry in entries[:split]):
-        for entry in entries[split:]:
-            added = _ADDED_SCOPES.get(entry["algorithm"], ())
-            entry["ignored_scopes"] = [*as_list(entry.get("ignored_scopes")), *added]
-    return rewritten
-
-
-def _rewrite_scopes(value: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {name: _rewrite_scopes(item, name) for name, item in value.items()}
-    if key in ("ignored_scopes", "target_scopes"):
-        return [scope_in_tree(scope) for scope in as_list(value)]
-    if isinstance(value, list):
-        return [_rewrite_scopes(item) for item in value]
-    return value
-
-
-def scope_in_tree(scope: str) -> str:
-    """A scope of the dense network, rewritten to match wherever the layer stands in the restructured one.
-
-    ``"ResNet/Sequential[layer3]/NNCFConv2d[0]/conv2d_0"`` becomes a regular expression that matches the same layer
-    in every branch. Layers keep their qualified names inside a segment.
-    """
-    if not scope.startswith("{re}"):
-        _, _, rest = scope.partition("/")
-        return "{re}(^|/)" + re.escape(rest) + "$" if rest else scope
-    pattern = scope[len("{re}") :]
-    anchored = re.match(r"\^?\w+/(?=\w+\\?\[)", pattern)
-    return "{re}(^|/)" + pattern[anchored.end() :] if anchored else scope
 
 
 # ---------------------------------------------------------------- registration
