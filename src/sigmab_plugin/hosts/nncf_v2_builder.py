@@ -35,6 +35,7 @@ from ..tree.net import ParameterCounts, SigmaBNet
 from .nncf_needs import REGISTERED, check_needs
 from .nncf_outcome import outcome
 from .nncf_schema import check, check_levels, hide_untraced, sections, techniques
+from .nncf_v2_calibration import lone_samples_normalised, ranges_for_every_leaf
 from .nncf_v2_controller import (
     FinishedController,
     OrderedCompositeController,
@@ -47,6 +48,8 @@ from .nncf_v2_scopes import config_for_new_network
 from .nncf_v2_statistics import summary
 
 _log = logging.getLogger(__name__)
+#: Attribute of an ``NNCFConfig``: the model that it is used for is a SigmaB net. The builder is made without the model.
+_TREE_GIVEN = "_sigmab_tree_given"
 
 
 class TechniqueBuilder(PTCompressionAlgorithmBuilder):
@@ -79,8 +82,10 @@ class TechniqueBuilder(PTCompressionAlgorithmBuilder):
     def apply_to(self, model: NNCFNetwork) -> NNCFNetwork:
         """A new network; the module in ``model`` gets its own classes back and keeps its weights."""
         interface = model.nncf
-        context = context_of(self.config, model)
-        dense = unwrap(model)
+        try:
+            context = context_of(self.config, model)
+        finally:
+            dense = unwrap(model)
         if self.should_init:
             check_registered(self.config)
             module = self.technique.apply(dense, self.section, context)
@@ -150,27 +155,43 @@ def _shapes(module: nn.Module) -> dict[str, list[int]]:
 
 
 class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
-    """See the module's docstring. Lists without a technique go to NNCF's own composite, unchanged."""
+    """See the module's docstring.
+
+    On a model that is a SigmaB net it carries out every list, one of a single section included: NNCF's own way would
+    see one path. Lists without a technique for other models go to NNCF's own composite, unchanged.
+    """
 
     def __init__(self, config: NNCFConfig, should_init: bool = True) -> None:
         names = extract_algorithm_names(config)
         offered = techniques()
         self._split = max((i + 1 for i, name in enumerate(names) if name in offered), default=0)
+        self._tree = getattr(config, _TREE_GIVEN, False)
+        self._ordered = self._split > 0 or self._tree
         self._finished: dict[str, dict[str, str]] = {}
-        super().__init__(config, should_init)
-        if self._split == 0:
+        if not self._ordered:
+            super().__init__(config, should_init)
             return
+        # Past NNCF's composite, which refuses a list of one; a tree needs this class for one section, too.
+        super(PTCompositeCompressionAlgorithmBuilder, self).__init__(config, should_init)
+        for name in names:
+            self._child_builders.append(PT_COMPRESSION_ALGORITHMS.get(name)(config, should_init=should_init))
         check(config)
         # NNCF's builders read their scopes from the config when they are made, so the ones that will see the new
         # network are made from a copy in which the scopes are written for it.
-        later = config_for_new_network(config, self._split)
+        later = config_for_new_network(config, self._split, tree=self._tree)
         for number in range(self._split, len(names)):
             builder = PT_COMPRESSION_ALGORITHMS.get(names[number])
             self._child_builders[number] = builder(later, should_init=should_init)
 
     def apply_to(self, model: NNCFNetwork) -> NNCFNetwork:
-        if self._split == 0:
+        if not self._ordered:
             return super().apply_to(model)
+        if self._split:
+            model = self._restructure(model)
+        return self._apply_later(model)
+
+    def _restructure(self, model: NNCFNetwork) -> NNCFNetwork:
+        """Carry the sections up to the last technique out; the given network is left as it was."""
         weights = weights_of(model) if self._split > 1 else None
         original = model
         try:
@@ -186,14 +207,20 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
             unwrap(original)
             if weights is not None:
                 original.load_state_dict(weights)
+        return model
+
+    def _apply_later(self, model: NNCFNetwork) -> NNCFNetwork:
+        """Plan the sections behind the last technique on the network as it now is, and apply them together."""
         layout = PTTransformationLayout()
         later = self.child_builders[self._split :]
         for child in later:
-            layout.update(child.get_transformation_layout(model))
+            with ranges_for_every_leaf(model, child):
+                layout.update(child.get_transformation_layout(model))
         transformed: NNCFNetwork = PTModelTransformer(model).transform(layout)
         for child in later:
             if child.should_init:
-                child.initialize(transformed)
+                with lone_samples_normalised(transformed):
+                    child.initialize(transformed)
         return transformed
 
     def _finish(self, child: PTCompressionAlgorithmBuilder, model: NNCFNetwork) -> NNCFNetwork:
@@ -219,7 +246,7 @@ class OrderedCompositeBuilder(PTCompositeCompressionAlgorithmBuilder):
         return rewrap(unwrap(model), interface)
 
     def _build_controller(self, model: NNCFNetwork) -> Any:
-        if self._split == 0:
+        if not self._ordered:
             return super()._build_controller(model)
         standard = all(
             entry.values.get("export_to_onnx_standard_ops", True) for entry in sections(self._config)
@@ -269,6 +296,9 @@ def register_builders(names: Iterable[str]) -> None:
     if model_creation.PTCompositeCompressionAlgorithmBuilder is not OrderedCompositeBuilder:
         model_creation.PTCompositeCompressionAlgorithmBuilder = OrderedCompositeBuilder
         model_creation.create_nncf_network = _checking(model_creation.create_nncf_network)
+        model_creation.create_compression_algorithm_builder = _for_trees(
+            model_creation.create_compression_algorithm_builder
+        )
 
 
 def _checking(original: Any) -> Any:
@@ -277,9 +307,21 @@ def _checking(original: Any) -> Any:
     def create_nncf_network(model: nn.Module, config: NNCFConfig, *args: Any, **kwargs: Any) -> NNCFNetwork:
         check_against_model(model, config)
         hide_untraced(model)
+        setattr(config, _TREE_GIVEN, isinstance(model, SigmaBNet))
+        if isinstance(model, SigmaBNet):  # a copy: what NNCF needs of a tree is a class of its own, and modules for pooling
+            model = adopt(deepcopy(model), model.backbone)
         return original(model, config, *args, **kwargs)
 
     return create_nncf_network
+
+
+def _for_trees(original: Any) -> Any:
+    def create_compression_algorithm_builder(config: NNCFConfig, should_init: bool = True) -> Any:
+        if getattr(config, _TREE_GIVEN, False) and extract_algorithm_names(config):
+            return OrderedCompositeBuilder(config, should_init)
+        return original(config, should_init)
+
+    return create_compression_algorithm_builder
 
 
 def check_registered(config: NNCFConfig) -> None:
