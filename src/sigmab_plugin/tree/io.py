@@ -49,8 +49,8 @@ def save(net: SigmaBNet, directory: str | os.PathLike[str]) -> Path:
     foreign = sorted({name.partition(".")[0] for name in state} - set(_PARTS))
     if foreign:
         raise ModelError(
-            f"the net holds tensors of a framework that wrapped it ({', '.join(foreign)}), and a plan does not describe "
-            "them: save it as that framework's page tells (docs/nncf.md)"
+            f"the net holds tensors of a framework that wrapped it ({', '.join(foreign)}), which no plan describes: "
+            "save it as that framework's page tells (docs/nncf.md)"
         )
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
