@@ -107,9 +107,10 @@ def read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the file does not exist or is no JSON object.
+        SectionError: it has no section.
     """
     if isinstance(config, Mapping):
-        return dict(config)
+        return _with_sections(dict(config), "the config")
     path = Path(config)
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
@@ -121,6 +122,19 @@ def read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} must hold a JSON object with a key 'compression'")
+    return _with_sections(loaded, str(path))
+
+
+def _with_sections(loaded: dict[str, Any], name: str) -> dict[str, Any]:
+    """``loaded``, which must list something to do; one bare section becomes the list of it."""
+    if "algorithm" in loaded and "compression" not in loaded:
+        return {"compression": [loaded]}
+    if not loaded.get("compression"):
+        near = difflib.get_close_matches("compression", [key for key in loaded if key != "compression"], n=1)
+        hint = f" Did you mean it by {near[0]!r}?" if near else ""
+        raise SectionError(
+            f"{name}: 'compression' is missing or empty; give one section or a list of sections.{hint}"
+        )
     return loaded
 
 
@@ -200,6 +214,20 @@ def module_path(scope: str) -> str:
     return ".".join(parts[:-2])
 
 
+def operation_of(scope: str, root: str = "") -> tuple[str, str]:
+    """Module path of a scope in either notation, and the operation that a 2.x scope ends in ("" for none).
+
+    ``"ResNet/Sequential[layer3]/BasicBlock[0]/__iadd___0"`` -> ``("layer3.0", "__iadd___0")``. A scope of NNCF 3 is
+    given back as it is. ``root`` is the network's class, which tells that ``"ResNet/flatten_0"`` is a 2.x scope.
+    """
+    parts = scope.split("/")
+    if any("[" in part for part in parts):
+        return module_path(scope), "" if parts[-1].endswith("]") else parts[-1]
+    if len(parts) == 2 and parts[0] == root and re.search(r"_\d+$", parts[1]):
+        return "", parts[1]
+    return scope, ""
+
+
 _untraced: set[tuple[type, str]] = set()
 
 
@@ -275,10 +303,10 @@ def _covered_levels(model: nn.Module, scopes: Sequence[str], names: Sequence[str
 
 
 def _matches(model: nn.Module, path: str, scope: str) -> bool:
-    scope_path = module_path(scope)
     if not scope.startswith("{re}"):
-        named = (scope_path, module_path(scope + "/op"))
-        return any(name and (path == name or path.startswith(name + ".")) for name in named)
+        # An operation between layers, such as an addition, covers no layer of its block.
+        whole = module_path(scope) if scope.endswith("]") else scope.replace("/", ".")
+        return path in (whole, module_path(scope)) or path.startswith(whole + ".")
     pattern = re.compile(scope[len("{re}") :])
     plain, extended = type(model).__name__, type(model).__name__
     module = model

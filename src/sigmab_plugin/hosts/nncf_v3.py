@@ -20,8 +20,8 @@ only in a call of the whole net.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from ..errors import CalibrationError, ConfigError
 from ..techniques.base import Context
 from ..tree.net import SigmaBNet
 from .nncf_needs import ARGUMENTS, check_needs
-from .nncf_schema import as_list, check, hide_untraced, read
+from .nncf_schema import Section, as_list, check, hide_untraced, read
 from .nncf_v3_parts import CalibrationInputs, as_inputs
+from .nncf_v3_scopes import check_scopes
 from .nncf_v3_sections import Run, check_model, runner_of
 from .nncf_v3_state import get_config, load, load_from_config, save, strip
 
@@ -125,6 +126,8 @@ def compress(
         )
     run = Run(
         scopes=tuple(as_list(loaded.get("ignored_scopes"))),
+        root=type(model).__name__,
+        known=frozenset(),
         target_device=str(loaded.get("target_device", "ANY")),
         example=example,
         data=data,
@@ -141,8 +144,10 @@ def compress(
     )
     hide_untraced(model)
     network = model
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
+        model.eval()
+        run = replace(run, known=_found_scopes(model, entries, run))
         for entry, runner in zip(entries, runners, strict=True):
             network.eval()
             network, text, facts = runner(network, entry, run)
@@ -151,5 +156,13 @@ def compress(
             if fine_tune is not None and network is not model:
                 fine_tune(network, entry.algorithm)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return network.eval() if network is not model else network
+
+
+def _found_scopes(model: nn.Module, entries: Sequence[Section], run: Run) -> frozenset[str]:
+    """Scopes that name something in ``model``; raises where those of a section before any technique do not."""
+    readers = [run.scopes_of(entry) for entry in entries if entry.technique is None]
+    first = next((entry.position for entry in entries if entry.technique is not None), len(entries))
+    return frozenset(check_scopes(model, readers, run.example, first))

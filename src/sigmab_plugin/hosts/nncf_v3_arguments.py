@@ -1,57 +1,20 @@
-"""What the sections of a config file say to NNCF's functions and to Torch-Pruning: scopes and keyword arguments."""
+"""What the sections of a config file say to NNCF's functions and to Torch-Pruning: keyword arguments."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .nncf_schema import Section, SectionError, module_path
-from .nncf_v3_parts import Part, is_wrapped, wrapped_parts
+from .nncf_schema import Section, SectionError
+from .nncf_v3_parts import Part, wrapped_parts
+from .nncf_v3_scopes import SectionScopes, layers_of
 
 _log = logging.getLogger(__name__)
-
-# ---------------------------------------------------------------- scopes
-
-
-def ignored_scope(part: Part, entry: Section, scopes: Sequence[str]) -> Any:
-    """``nncf.IgnoredScope`` for one part: those scopes of the file that name something in it.
-
-    2.x scopes (``"ResNet/Sequential[layer3]/NNCFConv2d[0]/conv2d_0"``) and 3.x names (``"layer3/0/conv2d/0"``) both
-    work; layers keep their qualified names inside a part.
-    """
-    import nncf
-
-    own = entry.values.get("ignored_scopes") or []
-    patterns = [_pattern(scope) for scope in (*scopes, *([own] if isinstance(own, str) else own))]
-    present = _operation_names(part)
-    matching = sorted({name for name in present for pattern in patterns if re.search(pattern, name)})
-    return nncf.IgnoredScope(names=matching, validate=False) if matching else None
-
-
-def _pattern(scope: str) -> str:
-    """A regular expression over 3.x operation names."""
-    if scope.startswith("{re}"):
-        text = scope[len("{re}") :]
-        # 2.x scopes name the class of every module: Sequential[layer3] -> layer3
-        return re.sub(r"\w*\\?\[([\w.]+)\\?\]", r"\1", re.sub(r"^\^?\w+/(?=\w+\\?\[)", "(^|/)", text))
-    path = module_path(scope).replace(".", "/") if "[" in scope else scope
-    return f"(^|/){re.escape(path)}(/|$)"
-
-
-def _operation_names(part: Part) -> list[str]:
-    from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
-    from nncf.torch.function_hook.wrapper import wrap_model
-
-    example = part.example if isinstance(part.example, tuple) else (part.example,)
-    module = part.module if is_wrapped(part.module) else wrap_model(copy.deepcopy(part.module))
-    return [node.node_name for node in build_nncf_graph(module, example).get_all_nodes()]
-
 
 # ---------------------------------------------------------------- arguments
 
@@ -59,8 +22,62 @@ def _operation_names(part: Part) -> list[str]:
 Arguments = Callable[[Part], dict[str, Any]]
 
 
+#: Keys of a 2.x section that nncf.quantize has no counterpart of.
+_UNUSED = ("scope_overrides", "target_scopes", "quantize_outputs", "compression_lr_multiplier")
+#: Those of ``weights`` and ``activations``; bits, mode and per_channel are read.
+_UNUSED_OF_A_SIDE = (
+    "ignored_scopes", "target_scopes", "signed", "level_low", "level_high", "logarithm_scale", "adjust_padding",
+    "unified_scale_ops",
+)  # fmt: skip
+
+
+def mapping(entry: Section, key: str) -> Mapping[str, Any]:
+    """The object that a section has under ``key``; an empty one if it has none."""
+    value = entry.values.get(key, {})
+    if not isinstance(value, Mapping):
+        raise SectionError(f"{entry}: {key} must be an object; got {value!r}")
+    return value
+
+
+def number(entry: Section, key: str, value: Any) -> float:
+    """``value`` as a number, which the section has under ``key``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SectionError(f"{entry}: {key} must be a number; got {value!r}")
+    return value
+
+
+def choice(entry: Section, key: str, value: Any, kind: Any) -> Any:
+    """The member of the enumeration ``kind`` with this value."""
+    values = [member.value for member in kind]
+    if value not in values:
+        raise SectionError(f"{entry}: {key} must be one of {', '.join(map(repr, values))}; got {value!r}")
+    return kind(value)
+
+
+def device_of(target_device: str) -> Any:
+    """``nncf.TargetDevice`` of the file's ``target_device``."""
+    import nncf
+
+    names = {device.name: device for device in nncf.TargetDevice}
+    names |= {"TRIAL": nncf.TargetDevice.ANY, "VPU": nncf.TargetDevice.NPU}
+    if target_device not in names:
+        raise SectionError(f"target_device must be one of {', '.join(names)}; got {target_device!r}")
+    return names[target_device]
+
+
+def warn_unused(entry: Section) -> None:
+    """One line that names the keys of a ``quantization`` section that are without effect."""
+    values = entry.values
+    unused = [key for key in _UNUSED if key in values]
+    unused += [key for key in ("quantize_inputs", "export_to_onnx_standard_ops") if values.get(key) is False]
+    for side in ("weights", "activations"):
+        unused += [f"{side}.{key}" for key in _UNUSED_OF_A_SIDE if key in mapping(entry, side)]
+    if unused:
+        _log.warning("%s: %s: no counterpart in nncf.quantize, without effect", entry, ", ".join(unused))
+
+
 def quantization_arguments(
-    entry: Section, scopes: Sequence[str], target_device: str
+    entry: Section, scopes: SectionScopes, target_device: str
 ) -> tuple[Arguments, int]:
     """Keyword arguments of ``nncf.quantize`` for a part, and the number of calibration samples."""
     import nncf
@@ -70,44 +87,50 @@ def quantization_arguments(
     preset = values.get("preset", "performance")
     if preset not in presets:
         raise SectionError(f"{entry}: preset must be 'performance' or 'mixed'; got {preset!r}")
-    for side in ("weights", "activations"):
-        bits = values.get(side, {}).get("bits", 8)
-        if bits != 8:
-            raise SectionError(f"{entry}: {side}.bits = {bits}; nncf.quantize knows 8 bits only")
-    unused = [
-        k
-        for k in ("scope_overrides", "target_scopes", "quantize_outputs", "compression_lr_multiplier")
-        if k in values
-    ]
-    if unused:
-        _log.warning("%s: %s: no counterpart in nncf.quantize, without effect", entry, ", ".join(unused))
-    devices = {"TRIAL": "ANY", "VPU": "NPU"}
-    device = nncf.TargetDevice[devices.get(target_device, target_device)]
-    initial = values.get("initializer", {}).get("range", {})
+    device = device_of(target_device)
+    initial = mapping(entry, "initializer").get("range", {})
     initial = initial[0] if isinstance(initial, list) and initial else initial
-    samples = int(values.get("subset_size", (initial or {}).get("num_init_samples", 300)))
+    samples = values.get("subset_size", (initial or {}).get("num_init_samples", 300))
+    samples = int(number(entry, "the number of calibration samples", samples))
     if samples < 1:
         raise SectionError(f"{entry}: the number of calibration samples must be positive")
+    given: dict[str, Any] = {"preset": presets[preset], "target_device": device}
+    if values.get("model_type") is not None:
+        given["model_type"] = choice(entry, "model_type", values["model_type"], nncf.ModelType)
+    advanced = {
+        f"{side}_quantization_params": side_parameters
+        for side in ("weights", "activations")
+        if (side_parameters := _side_parameters(entry, side)) is not None
+    }
+    if "overflow_fix" in values:
+        advanced["overflow_fix"] = choice(entry, "overflow_fix", values["overflow_fix"], nncf.OverflowFix)
+    if advanced:
+        given["advanced_parameters"] = nncf.AdvancedQuantizationParameters(**advanced)
 
     def arguments(part: Part) -> dict[str, Any]:
-        given: dict[str, Any] = {
-            "preset": presets[preset],
-            "target_device": device,
-            "ignored_scope": ignored_scope(part, entry, scopes)
-            if scopes or values.get("ignored_scopes")
-            else None,
-        }
-        if values.get("model_type") == "transformer":
-            given["model_type"] = nncf.ModelType.TRANSFORMER
-        if "overflow_fix" in values:
-            fix = nncf.OverflowFix(values["overflow_fix"])
-            given["advanced_parameters"] = nncf.AdvancedQuantizationParameters(overflow_fix=fix)
-        return given
+        return {**given, "ignored_scope": scopes.ignored_scope(part)}
 
     return arguments, samples
 
 
-def weight_compression_arguments(entry: Section, scopes: Sequence[str]) -> Arguments:
+def _side_parameters(entry: Section, side: str) -> Any:
+    """``mode`` and ``per_channel`` of ``weights`` or ``activations``; None where NNCF is to choose."""
+    from nncf.common.quantization.structs import QuantizationScheme
+    from nncf.quantization.advanced_parameters import QuantizationParameters
+
+    values = mapping(entry, side)
+    bits = values.get("bits", 8)
+    if bits != 8:
+        raise SectionError(f"{entry}: {side}.bits = {bits}; nncf.quantize knows 8 bits only")
+    given: dict[str, Any] = {}
+    if "mode" in values:
+        given["mode"] = choice(entry, f"{side}.mode", values["mode"], QuantizationScheme)
+    if "per_channel" in values:
+        given["per_channel"] = bool(values["per_channel"])
+    return QuantizationParameters(**given) if given else None
+
+
+def weight_compression_arguments(entry: Section, scopes: SectionScopes) -> Arguments:
     """Keyword arguments of ``nncf.compress_weights`` for a part."""
     import nncf
 
@@ -120,11 +143,10 @@ def weight_compression_arguments(entry: Section, scopes: Sequence[str]) -> Argum
     given: dict[str, Any] = {"mode": modes[mode], **{key: values[key] for key in plain if key in values}}
     for key, kind in (("sensitivity_metric", nncf.SensitivityMetric), ("backup_mode", nncf.BackupMode)):
         if key in values:
-            given[key] = kind(values[key])
+            given[key] = choice(entry, key, values[key], kind)
 
     def arguments(part: Part) -> dict[str, Any]:
-        listed = scopes or values.get("ignored_scopes")
-        return {**given, "ignored_scope": ignored_scope(part, entry, scopes) if listed else None}
+        return {**given, "ignored_scope": scopes.ignored_scope(part)}
 
     return arguments
 
@@ -152,12 +174,12 @@ def pruning_arguments(entry: Section) -> tuple[float, Any]:
     """Share of filters to remove, and Torch-Pruning's importance, of a ``filter_pruning`` section."""
     import torch_pruning as tp
 
-    params = entry.values.get("params", {})
+    params = mapping(entry, "params")
     if "pruning_flops_target" in params:
         raise SectionError(
             f"{entry}: params.pruning_flops_target has no counterpart here; use params.pruning_target"
         )
-    ratio = float(params.get("pruning_target", 0.5))
+    ratio = number(entry, "params.pruning_target", params.get("pruning_target", 0.5))
     if not 0.0 < ratio < 1.0:
         raise SectionError(f"{entry}: params.pruning_target must lie between 0 and 1; got {ratio}")
     importances: Mapping[str, Callable[[], Any]] = {
@@ -174,7 +196,7 @@ def pruning_arguments(entry: Section) -> tuple[float, Any]:
 
 
 def prune_filters(
-    model: nn.Module, entry: Section, scopes: Sequence[str], example: tuple[Any, ...]
+    model: nn.Module, entry: Section, scopes: SectionScopes, example: tuple[Any, ...]
 ) -> tuple[nn.Module, float]:
     """``filter_pruning`` by Torch-Pruning: a smaller copy of ``model``, and the share of filters removed."""
     import torch_pruning as tp
@@ -182,10 +204,8 @@ def prune_filters(
     params = entry.values.get("params", {})
     ratio, importance = pruning_arguments(entry)
     result = copy.deepcopy(model)
-    own = entry.values.get("ignored_scopes") or []
-    patterns = [_pattern(scope) for scope in (*scopes, *([own] if isinstance(own, str) else own))]
-    layers = dict(result.named_modules())
-    ignored = [m for n, m in layers.items() if any(re.search(p, n.replace(".", "/") + "/") for p in patterns)]
+    part = Part("", result, [example], [1])
+    ignored = layers_of(scopes.left_out(part), result)
     linear = [m for m in result.modules() if isinstance(m, nn.Linear)]
     convolutions = [m for m in result.modules() if isinstance(m, nn.modules.conv._ConvNd)]
     if convolutions and not params.get("prune_first_conv", False):

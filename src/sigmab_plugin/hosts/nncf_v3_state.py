@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import FormatError, ModelError
@@ -16,7 +17,7 @@ from .nncf_v3_parts import Part, as_inputs, change_parts, is_wrapped, wrap_parts
 
 
 def strip(network: nn.Module, example_inputs: Any, *, do_copy: bool = True) -> nn.Module:
-    """``nncf.strip`` for every part: quantizers become torch's own, masks are applied to the weights.
+    """``nncf.strip`` for every part: quantizers become torch's own, masks are multiplied into the weights.
 
     Args:
         example_inputs: one batch of the network's inputs.
@@ -28,10 +29,42 @@ def strip(network: nn.Module, example_inputs: Any, *, do_copy: bool = True) -> n
     def strip_part(part: Part) -> nn.Module:
         if not is_wrapped(part.module):
             return part.module
+        fold_masks(part.module)
         stripped: nn.Module = nncf.strip(part.module, do_copy=False, example_input=part.example)
         return stripped
 
     return change_parts(result, [as_inputs(example_inputs)], strip_part, per_leaf=False)[0]
+
+
+def fold_masks(module: nn.Module) -> None:
+    """Multiply the masks of ``nncf.prune`` into the weights, in place, and remove their hooks.
+
+    ``nncf.strip`` in its native format, which has the quantizers to convert, leaves them as hooks. Masks of integers
+    (``weight_compression`` after ``magnitude_sparsity``) stay: the decompressor reads what they give.
+    """
+    import nncf
+
+    if not hasattr(nncf, "prune"):
+        return
+    from nncf.torch.function_hook.hook_storage import decode_hook_name
+    from nncf.torch.function_hook.pruning.magnitude.modules import UnstructuredPruningMask
+    from nncf.torch.function_hook.pruning.rb.modules import RBPruningMask
+    from nncf.torch.function_hook.wrapper import get_hook_storage
+    from nncf.torch.model_graph_manager import split_const_name
+
+    storage = get_hook_storage(module)
+    for name, hook in list(storage.named_hooks()):
+        if not isinstance(hook, (UnstructuredPruningMask, RBPruningMask)):
+            continue
+        _, tensor_name, _ = decode_hook_name(name)
+        owner, attribute = split_const_name(tensor_name.replace(":", "."))
+        weight = getattr(module.get_submodule(owner), attribute)
+        if not weight.is_floating_point():
+            continue
+        hook.eval()
+        with torch.no_grad():
+            weight.data = hook(weight.detach())
+        storage.delete_hook(name)
 
 
 def get_config(network: nn.Module) -> dict[str, Any]:
