@@ -195,3 +195,76 @@ def test_a_given_tree_is_quantized_and_exported(
     name = session.get_inputs()[0].name
     got = torch.cat([torch.from_numpy(session.run(None, {name: image[None].numpy()})[0]) for image in images])
     assert float(torch.isclose(got, expected, rtol=1e-3, atol=1e-4).all(dim=1).float().mean()) >= 0.95
+
+
+def watched(network: Any) -> list[str]:
+    """Layers at which one of NNCF's hooks on activations acts from now on, in order of calls."""
+    from nncf.torch.graph.transformations.commands import PTInsertionCommand, PTTargetPoint, TargetType
+    from nncf.torch.graph.transformations.layout import PTTransformationLayout
+    from nncf.torch.model_transformer import PTModelTransformer
+
+    class Note(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            seen.append(self.name)
+            return value
+
+    seen: list[str] = []
+    layout = PTTransformationLayout()
+    for node in network.nncf.get_graph().get_all_nodes():
+        if node.node_name.endswith(("conv2d_0", "linear_0")) and "[routers]" not in node.node_name:
+            point = PTTargetPoint(TargetType.OPERATOR_POST_HOOK, node.node_name)
+            layout.register(PTInsertionCommand(point, Note(node.layer_name)))
+    PTModelTransformer(network).transform(layout)
+    return seen
+
+
+def test_every_way_through_the_net_runs_with_nncfs_hooks(
+    build: Any, dense: nn.Module, sections: Any, data: Any
+) -> None:
+    images, targets = data
+    _, network = build(dense, sections["sigmab"])
+    network.eval()
+    with torch.no_grad():
+        logits, index = SigmaBNet.forward_leaves(network, images)[0], SigmaBNet.route(network, images)
+        got = network.forward_leaves(images)[0]
+        assert type(got) is torch.Tensor
+        torch.testing.assert_close(got, logits)
+        assert torch.equal(network.route(images), index)
+        assert torch.equal(network.forward_routed(images)[1], index)
+    seen = watched(network)
+    network.train()
+    network(images)
+    whole = sorted(seen)
+    assert any("specializers" in name for name in whole)
+    ways = {
+        "loss": lambda: network.loss(images, targets),
+        "forward_leaves": lambda: network.forward_leaves(images),
+        "leaf_probabilities": lambda: network.leaf_probabilities((images,)),
+    }
+    for name, way in ways.items():
+        seen.clear()
+        way()
+        assert sorted(seen) == whole, name
+    seen.clear()
+    network.loss(images, targets).backward()
+    assert all(head.fc.weight.grad is not None for head in network.heads.values())
+    network.eval()
+    for name, way in {"route": network.route, "forward_routed": network.forward_routed}.items():
+        seen.clear()
+        with torch.no_grad():
+            way(images)
+        assert seen, name
+        assert set(seen) <= set(whole)
+
+
+def test_finetune_trains_with_nncfs_hooks(
+    build: Any, dense: nn.Module, sections: Any, loader: Any, data: Any
+) -> None:
+    _, network = build(dense, sections["sigmab"])
+    seen = watched(network)
+    sigmab_plugin.finetune(network, loader, epochs=1)
+    assert len(seen) > 0

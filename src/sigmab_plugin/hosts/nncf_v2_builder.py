@@ -308,7 +308,7 @@ def _checking(original: Any) -> Any:
         check_against_model(model, config)
         hide_untraced(model)
         setattr(config, _TREE_GIVEN, isinstance(model, SigmaBNet))
-        if isinstance(model, SigmaBNet):  # a copy: what NNCF needs of a tree is a class of its own, and modules for pooling
+        if isinstance(model, SigmaBNet):  # a copy: NNCF needs a class of its own, and modules for pooling
             model = adopt(deepcopy(model), model.backbone)
         return original(model, config, *args, **kwargs)
 

@@ -127,11 +127,35 @@ class _Pool(nn.Module):
         return pooled
 
 
+def _hooked(network: Any, method: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """``method(*inputs, **named)`` with NNCF's hooks, quantizers of activations among them.
+
+    The hooks act only inside ``NNCFNetwork.forward``, so that ``method`` takes the place of the tree's own forward
+    in it for this call. Distillation compares outputs of that forward, so it is off meanwhile.
+    """
+    if not isinstance(network, NNCFNetwork) or get_current_context() is not None:
+        return method(*inputs, **named)
+    if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)) and not named:
+        inputs = tuple(inputs[0])
+    interface = network.nncf
+    distillation, interface._kd_loss_handler = interface._kd_loss_handler, None
+    forward, interface._bound_original_forward = interface._bound_original_forward, method
+    try:
+        result = network(*inputs, **named)
+    finally:
+        interface._bound_original_forward = forward
+        interface._kd_loss_handler = distillation
+    if isinstance(result, tuple):
+        return tuple(value.as_subclass(Tensor) for value in result)
+    return result.as_subclass(Tensor)
+
+
 class _TreeForNNCF:
     """Mixed into the class of a SigmaB net inside an ``NNCFNetwork``.
 
     * Whenever NNCF builds a graph, routing is soft: a hard forward shows one path only.
     * A training forward keeps what the controller's loss needs.
+    * The other ways through the net (``loss``, ``route``, ``forward_leaves`` ...) run with NNCF's hooks, too.
     """
 
     def _soft(self: Any) -> bool:
@@ -150,6 +174,18 @@ class _TreeForNNCF:
         if self.training and torch.is_grad_enabled():
             self.__dict__["last_step"] = Step(leaf_logits, log_p)
         return leaf_logits, log_p
+
+    def forward_leaves(self: Any, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        logits, log_p = _hooked(self, super().forward_leaves, inputs, named)  # type: ignore[misc]
+        return logits, log_p
+
+    def forward_routed(self: Any, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        logits, index = _hooked(self, super().forward_routed, inputs, named)  # type: ignore[misc]
+        return logits, index
+
+    def route(self: Any, *inputs: Any, **named: Any) -> Tensor:
+        index: Tensor = _hooked(self, super().route, inputs, named)  # type: ignore[misc]
+        return index
 
     def forward_selected(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Hard routing with every leaf computed: the same logits, as one static graph for exporters."""
