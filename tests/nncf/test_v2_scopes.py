@@ -70,6 +70,14 @@ def test_a_dense_scope_holds_in_other_results(nncf_v2: Any, scope: str, name: st
     assert matches_any(name, [scope_in_tree(scope)])
 
 
+def test_a_scope_that_matches_nothing_is_reported_as_it_was_written(
+    build: Any, dense: nn.Module, sections: Any
+) -> None:
+    scope = "ResNet/NNCFConv2d[conv9]/conv2d_0"
+    with pytest.raises(Exception, match=re.escape(scope)):
+        build(dense, sections["sigmab"], {**sections["sparsity"], "ignored_scopes": [scope]})
+
+
 def test_scopes_that_are_keys_are_rewritten_too(nncf_v2: Any, config_of: Any, sections: Any) -> None:
     from nncf import NNCFConfig
 

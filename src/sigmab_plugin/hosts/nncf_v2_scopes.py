@@ -79,7 +79,9 @@ def scope_in_tree(scope: str) -> str:
         name, _, rest = scope.partition("/")
         if not rest or name == SigmaBNet.__name__:
             return scope
-        return "{re}" + _START + "/".join(_segment(part) for part in rest.split("/")) + "$"
+        # The comment shows the user's own words where NNCF reports a scope that matches nothing.
+        comment = f"(?#{scope})" if ")" not in scope else ""
+        return "{re}" + comment + _START + "/".join(_segment(part) for part in rest.split("/")) + "$"
     return "{re}" + _CLASS.sub(_from_start, scope[len("{re}") :])
 
 
