@@ -261,3 +261,8 @@ def test_strip_folds_masks(
     assert float(zeros) == pytest.approx(0.5, abs=0.03)
     assert "UnstructuredPruningMask" not in {type(module).__name__ for module in stripped.modules()}
     assert all(weight.requires_grad for weight in weights)
+
+
+def test_what_the_device_does_not_have(compress: Compress, sections: Any) -> None:
+    with pytest.raises(SectionError, match="weights, activations: .* incompatible"):
+        compress({**sections["quantization"], "activations": {"per_channel": True}})

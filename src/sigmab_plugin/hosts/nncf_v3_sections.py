@@ -166,8 +166,9 @@ def _quantize(network: nn.Module, entry: Section, run: Run) -> tuple[nn.Module, 
             quantized: nn.Module = nncf.quantize(
                 part.module, nncf.Dataset(source), subset_size=len(source), **given
             )
-        except ValueError as error:  # mode and per_channel against what the device has
-            if "constraints" not in str(error):
+        except (ValueError, nncf.ValidationError) as error:
+            # what the section asks of the quantizers, against what the device has
+            if not any(mapping(entry, side) for side in ("weights", "activations")):
                 raise
             raise SectionError(f"{entry}: weights, activations: {' '.join(str(error).split())}") from error
         return quantized
