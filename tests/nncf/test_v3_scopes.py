@@ -264,5 +264,5 @@ def test_strip_folds_masks(
 
 
 def test_what_the_device_does_not_have(compress: Compress, sections: Any) -> None:
-    with pytest.raises(SectionError, match="weights, activations: .* incompatible"):
+    with pytest.raises(SectionError, match=r"weights, activations: .* incompatible"):
         compress({**sections["quantization"], "activations": {"per_channel": True}})
