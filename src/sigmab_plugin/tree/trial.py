@@ -93,27 +93,29 @@ class _Trial:
     ) -> None:
         self._tail, self._shapes, self._prober = tail, shapes, prober
         self._frontier, self._double, self._wanted = self._first_run(frontier)
+
+    @functools.cached_property
+    def _random(self) -> bool:
+        """Whether the network draws random numbers in eval mode, so that outputs cannot be compared."""
         again = self._run(self._as_it_is, seed=1)
-        self._random = not agree(again, self._wanted, tolerance=self._tolerance())
-        if self._random:
+        random = not agree(again, self._wanted, tolerance=self._tolerance())
+        if random:
             _log.info(
                 "the network draws random numbers in eval mode: its channel groups are tried by cutting alone"
             )
+        return random
 
     def problem(self, groups: Sequence[ChannelGroup]) -> str:
         """Why these groups cannot be cut as they are described; empty if they can."""
         if not groups:
             return ""
         try:
-            if not self._random:
-                found = self._run(lambda number: self._copy(number, self._permuted(groups, number)))
-                if not agree(found, self._wanted, tolerance=self._tolerance()):
-                    return (
-                        "the graph is wrong about its channels (reshaped, shuffled or reordered on the way)"
-                    )
+            found = self._run(lambda number: self._copy(number, self._permuted(groups, number)))
+            if not agree(found, self._wanted, tolerance=self._tolerance()) and not self._random:
+                return "the graph is wrong about its channels (reshaped, shuffled or reordered on the way)"
             for share in _KEPT:
                 keep = {group.name: _some_channels(group, share) for group in groups}
-                found = self._run(functools.partial(self._sliced, groups, keep))
+                found = self._run(functools.partial(self._sliced, groups, keep), double=False)
                 if found.shape != self._wanted.shape:
                     return "the outputs change their shape when it is cut"
         except Exception as error:  # whatever the user's layers raise with fewer channels
@@ -146,13 +148,15 @@ class _Trial:
     def _as_it_is(self, number: int) -> nn.Module:
         return self._copy(number, {}) if self._double else self._tail[number]
 
-    def _copy(self, number: int, slices: Slices, attributes: Any = None) -> nn.Module:
-        dtype = torch.float64 if self._double else None
-        return slice_module(self._tail[number], slices, attributes=attributes, dtype=dtype)
+    def _copy(self, number: int, slices: Slices) -> nn.Module:
+        return slice_module(self._tail[number], slices, dtype=torch.float64 if self._double else None)
 
-    def _run(self, segment: Callable[[int], nn.Module], *, seed: int = 0) -> Tensor:
+    def _run(
+        self, segment: Callable[[int], nn.Module], *, seed: int = 0, double: bool | None = None
+    ) -> Tensor:
         torch.manual_seed(seed)  # a sampling's first point is the same in every run
-        value = _cloned(self._frontier, double=self._double)  # layers may work in place
+        double = self._double if double is None else double
+        value = _cloned(self._frontier, double=double)  # layers may work in place
         for number in range(len(self._tail)):
             module = segment(number).eval()
             value = call(module, value)
@@ -171,7 +175,7 @@ class _Trial:
         module = self._tail[number]
         slices = slices_of(groups, keep, segment=number, shapes=self._shapes[number])
         attributes = self._prober.attributes(module, keep, segment=number) if self._prober else {}
-        return self._copy(number, slices, attributes)
+        return slice_module(module, slices, attributes=attributes)
 
     def _permuted(self, groups: Sequence[ChannelGroup], number: int) -> Slices:
         """Index of every tensor that has all channels of ``groups`` in another order."""
