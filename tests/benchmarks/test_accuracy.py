@@ -13,13 +13,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("torch_geometric")  # one module holds all experiments
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _benchmarks_on_path():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-
-
 @pytest.fixture(scope="module")
 def report():
     """benchmarks/report.py by its file: ``report`` is a folder of tests, too."""

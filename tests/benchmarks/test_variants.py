@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,16 +10,7 @@ from sigmab_plugin.tree.modality import modality
 
 from ..zoo import CASES
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 pytest.importorskip("torch_geometric")  # one package holds all experiments
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _benchmarks_on_path():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
 
 
 def _built(name: str, builder: str | None, **changes: object) -> tuple[SigmaBNet, list]:

@@ -114,10 +114,15 @@ def top_channels(scores: torch.Tensor, width: int, partitions: int = 1) -> torch
     if partitions > 1:
         per_block = scores.reshape(partitions, -1).mean(dim=0)
         offsets = top_channels(per_block, width // partitions)
-        starts = torch.arange(partitions).unsqueeze(1) * len(per_block)
-        return (starts + offsets).flatten()
+        return in_every_block(offsets, partitions, len(per_block))
     order = torch.argsort(scores.double(), descending=True, stable=True)
     return torch.sort(order[:width]).values
+
+
+def in_every_block(offsets: torch.Tensor, partitions: int, block: int) -> torch.Tensor:
+    """Channels at ``offsets`` of each of ``partitions`` blocks of ``block`` channels, block after block."""
+    starts = torch.arange(partitions).unsqueeze(1) * block
+    return (starts + offsets).flatten()
 
 
 def split_channels(
@@ -143,8 +148,7 @@ def split_channels(
         blocks = activation.reshape(2, partitions, -1).mean(dim=1)
         small = (widths[0] // partitions, widths[1] // partitions)
         shared, kept = split_channels(blocks, small, shared_ratio=shared_ratio)
-        starts = torch.arange(partitions).unsqueeze(1) * blocks.shape[1]
-        spread = [(starts + part).flatten() for part in (shared, *kept)]
+        spread = [in_every_block(part, partitions, blocks.shape[1]) for part in (shared, *kept)]
         return spread[0], (spread[1], spread[2])
     a = activation.double()
     count = math.floor(shared_ratio * min(widths) + 1e-9)

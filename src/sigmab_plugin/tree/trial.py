@@ -28,6 +28,7 @@ from ..modes import evaluating
 from ..tuning.distributed import broadcast_object
 from ..tuning.seeding import preserve_random_state
 from .agreement import agree
+from .allocation import in_every_block
 from .modality import Modality, features
 from .segments import call
 
@@ -217,8 +218,7 @@ def _reordered(group: ChannelGroup) -> Tensor:
     order = torch.empty(block, dtype=torch.long)
     for offsets in alike.values():
         order[torch.tensor(offsets)] = torch.tensor([*offsets[1:], offsets[0]])
-    starts = torch.arange(group.partitions).unsqueeze(1) * block
-    return (starts + order).flatten()
+    return in_every_block(order, group.partitions, block)
 
 
 def _some_channels(group: ChannelGroup, share: float) -> Tensor:
@@ -226,8 +226,7 @@ def _some_channels(group: ChannelGroup, share: float) -> Tensor:
     count = max(1, min(block - 1, round(share * block)))
     generator = torch.Generator().manual_seed(1)
     offsets = torch.randperm(block, generator=generator)[:count].sort().values
-    starts = torch.arange(group.partitions).unsqueeze(1) * block
-    return (starts + offsets).flatten()
+    return in_every_block(offsets, group.partitions, block)
 
 
 def _with_noise(frontier: Any) -> Any:
