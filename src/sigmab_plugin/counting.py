@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -43,6 +46,31 @@ def macs(module: nn.Module, inputs: Any) -> int:
     """
     runnable = copy.deepcopy(module).eval()
     arguments, named = ((), inputs) if isinstance(inputs, dict) else (as_arguments(inputs), {})
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _recurrent_layer}
+    )
+    with torch.no_grad(), _products_seen(runnable), counter:
         runnable(*arguments, **named)
     return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _products_seen(module: nn.Module) -> Iterator[None]:
+    """Attention and recurrent layers as plain matrix products: torch's counter gives their fused forms zero."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with ExitStack() as settings:
+            settings.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+                settings.enter_context(torch.backends.cudnn.flags(enabled=False))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _recurrent_layer(
+    steps: torch.Size, of_inputs: torch.Size, of_state: torch.Size, *rest: Any, **named: Any
+) -> int:
+    """Operations of oneDNN's LSTM and GRU, which has no form of matrix products; from the shapes of its arguments."""
+    return 2 * steps[0] * steps[1] * (math.prod(of_inputs) + math.prod(of_state))
