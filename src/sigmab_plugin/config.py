@@ -151,6 +151,10 @@ def _from_json(algorithm: str, key: str, value: Any, hint: Any) -> Any:
             raise ConfigError(
                 f"{algorithm}: {key} has the wrong type: give {what}, [{value!r}] instead of {value!r}"
             )
+        if isinstance(value, Sequence) and inner is str and any(hasattr(v, "named_modules") for v in value):
+            raise ConfigError(
+                f"{algorithm}: {key} holds modules: give their qualified names, as model.named_modules() has them"
+            )
         if isinstance(value, Sequence):
             return tuple(_from_json(algorithm, key, item, inner) for item in value)
     elif origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):

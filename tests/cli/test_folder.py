@@ -64,6 +64,13 @@ def names(folder: str) -> set[str]:
     return {path.name for path in Path(folder).iterdir()} - {"checkpoints"}
 
 
+def test_a_file_in_the_way_is_seen_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("taken").write_text("mine")
+    for words in (["compress", "--model", MODEL, *TREE], ["finetune", "tree"]):
+        assert main([*words, "--data", "digits", "--out", "taken"]) == 2
+        assert "--out taken is a file; name a folder" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- whose code
 
 
@@ -95,6 +102,8 @@ def test_the_error_has_the_line_to_type(capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert main([*words, "--trust-record"]) == 0
     assert capsys.readouterr().out == printed
+    assert main([*words, "--model", MODEL]) == 2
+    assert """add --model-args '{"width": 6}'""" in capsys.readouterr().err
     assert "SigmaB" in printed
 
 

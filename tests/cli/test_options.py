@@ -19,7 +19,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
 
 
-@pytest.mark.parametrize("nesting", [None, "state_dict", "model"])
+@pytest.mark.parametrize("nesting", [None, "state_dict", "model_state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_checkpoints_of_the_usual_forms_load(nesting: str | None, prefix: str, tmp_path: Path) -> None:
     source = net()

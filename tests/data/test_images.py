@@ -191,3 +191,11 @@ def test_encrypted_zips_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(FormatError, match="encrypted"):
         open_dataset(path)
+
+
+def test_a_broken_image_is_named_without_the_decoders_objects(tmp_path: Path) -> None:
+    _write(tmp_path / "photos", "cat/0.png")
+    (tmp_path / "photos/cat/1.png").write_bytes(b"no image")
+    with pytest.raises(FormatError, match=r"cat/1\.png is no readable image \([^<]*\); replace") as caught:
+        open_dataset(tmp_path / "photos", image_size=8)
+    assert "0x" not in str(caught.value)

@@ -123,6 +123,17 @@ def test_one_shot_calibration_data(
         nncf_v3.compress(dense, config_of(sections["sigmab"]), iter(loader))
 
 
+def test_calibration_data_with_targets(
+    nncf_functions: Any, dense: nn.Module, config_of: Any, loader: Any, sections: Any
+) -> None:
+    from sigmab_plugin.hosts import nncf_v3
+
+    with pytest.raises(
+        CalibrationError, match=r"inputs alone.* nncf\.Dataset\(loader, lambda batch: batch\[0\]\)"
+    ):
+        nncf_v3.compress(dense, config_of(sections["sigmab"]), nncf_functions.Dataset(loader))
+
+
 @pytest.mark.parametrize(
     ("section", "words"),
     [

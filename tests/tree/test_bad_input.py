@@ -88,6 +88,17 @@ class Tied(MLP):
         self.d = nn.Linear(24, 5)
 
 
+class Wrapped(nn.Module):
+    """As data-parallel training and torch.compile wrap a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MLP()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
 class Add(nn.Linear):
     def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return super().forward(x) + bias
@@ -132,7 +143,9 @@ class TiedInside(MLP):
         (MLP, {"widths": {"q": 3}}, ConfigError, "neither a level"),
         (MLP, {"widths": {"b": {"a.0": 3}}}, ConfigError, "no group of channels belongs to a layer 'a.0'"),
         (MLP, {"widths": {"b": 4}, "active_ratio": 0.5}, ConfigError, "not both"),
-        (MLP, {"active_ratio": 0.01}, ConfigError, "between"),
+        (MLP, {"active_ratio": 0.01}, ConfigError, "between .* lower projection_dim"),
+        (MLP, {"levels": [nn.Linear(3, 3)]}, ConfigError, "levels holds modules: give their qualified names"),
+        (Wrapped, {}, ConfigError, "did you mean inner.b?"),
         (MLP, {"shared_ratio": 1.5}, ConfigError, "at most 1"),
         (MLP, {"importance": lambda group: None}, ConfigError, "gives no score"),
     ],
@@ -147,6 +160,20 @@ def test_model_and_options(
     torch.manual_seed(0)
     with pytest.raises(error, match=message):
         _restructure(untouched(make()), **options)
+
+
+def test_an_example_that_does_not_fit_is_a_public_error() -> None:
+    with pytest.raises(ModelError, match="does not run on example_inputs") as caught:
+        SigmaBPruner(MLP(), torch.randn(2, 11), calibration_data=[], levels=["b", "c"], head="d")
+    assert type(caught.value) is ModelError
+
+
+def test_a_path_that_saves_little_and_few_samples_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    _restructure(MLP())
+    assert not caplog.records
+    _restructure(MLP(), [torch.randn(20, 10)], projection_dim=128)
+    assert "of the dense network's parameters" in caplog.text
+    assert "calibration samples: give some hundred for every leaf" in caplog.text
 
 
 def _one_shot() -> Iterator[torch.Tensor]:

@@ -330,8 +330,27 @@ def test_starving_leaves_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     assert history.last.balance is not None
     assert history.last.balance < 0.5
     warnings = [r.getMessage() for r in caplog.records if "leaves starve" in r.getMessage()]
-    assert len(warnings) == 1
-    assert "0/0 100.0%" in warnings[0]
+    assert [f"after epoch {epoch}" in text for epoch, text in zip((1, 2), warnings, strict=True)] == [
+        True,
+        True,
+    ]
+    assert "the last (0/0 100.0%" in warnings[1]
+
+
+def test_the_warm_up_of_a_named_recipe_fits_few_epochs(caplog: pytest.LogCaptureFixture) -> None:
+    """Five epochs of a hundred would leave three without any decay: training would end at its highest rate."""
+    history = finetune(dense(), loader(), epochs=3, progress=False)
+    assert history.last.lr < 0.1 * history.records[0].lr
+    assert not caplog.records
+    finetune(dense(), loader(), epochs=1, recipe=QUICK.replace(warmup_epochs=2.0), progress=False)
+    assert "a warm-up of 2 epochs leaves none of the 1" in caplog.text
+
+
+def test_frozen_weights_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    net = dense().requires_grad_(False)
+    next(net.parameters()).requires_grad_(True)
+    finetune(net, loader(), epochs=1, recipe=QUICK, progress=False)
+    assert "parameters do not train: they have requires_grad False" in caplog.text
 
 
 @pytest.mark.parametrize("library", ["rich", "tqdm", "log"])

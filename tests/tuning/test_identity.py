@@ -56,7 +56,9 @@ def test_another_network_of_the_same_shape_is_refused(tmp_path: Path, finished: 
     finetune(tree(), loader(), checkpoint_dir=tmp_path, max_seconds=None if finished else 0.0, **OPTIONS)
     other = tree(seed=1)
     before = state(other)
-    with pytest.raises(FormatError, match="started with other weights; give another checkpoint_dir, delete"):
+    with pytest.raises(
+        FormatError, match=r"started with other weights; to start over give another folder .*, delete"
+    ):
         finetune(other, loader(), checkpoint_dir=tmp_path, **OPTIONS)
     assert same(state(other), before)
 
@@ -65,7 +67,7 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
     recipe = QUICK.replace(distillation_weight=1.0)
     first_epoch(tmp_path, recipe=recipe, teacher=dense())
     options = {**OPTIONS, "recipe": recipe, "checkpoint_dir": tmp_path}
-    with pytest.raises(FormatError, match="started with another teacher; give another checkpoint_dir"):
+    with pytest.raises(FormatError, match="started with another teacher; to start over give another folder"):
         finetune(tree(), loader(), teacher=dense(seed=1), **options)
     assert finetune(tree(), loader(), teacher=dense(), **options).complete
 
@@ -74,7 +76,7 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
 def test_other_data_is_refused(tmp_path: Path, make: Any) -> None:
     options = {**OPTIONS, "checkpoint_dir": tmp_path}
     finetune(tree(), make(), **options)
-    with pytest.raises(FormatError, match="started with other data; give another checkpoint_dir"):
+    with pytest.raises(FormatError, match="started with other data; to start over give another folder"):
         finetune(tree(), make(1), **options)
     with pytest.raises(FormatError, match="started with other weights and other data"):
         finetune(tree(seed=1), make(1), **options)

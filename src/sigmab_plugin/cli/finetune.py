@@ -43,7 +43,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "file of the recipe's fields",
     )
     group.add_argument("--epochs", type=positive, metavar="N", help="epochs (default: the recipe's)")
-    group.add_argument("--lr", type=float, metavar="X", help="peak learning rate (default: the recipe's)")
+    group.add_argument(
+        "--lr",
+        type=float,
+        metavar="X",
+        help="peak learning rate (default: the recipe's, which is meant for batches of the recipe's size)",
+    )
     group.add_argument(
         "--distill",
         type=float,
@@ -91,6 +96,8 @@ def train(args: argparse.Namespace, device: Any) -> None:
     if args.keep == "best" and not args.val_fraction:
         raise ConfigError("--keep best needs validation; give --val-fraction above 0")
     recipe = read_recipe(args)
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"--out {args.out} is a file; name a folder")
     record = read_record(args.folder, args)
     net = open_net(args.folder, record, device)
     dense = open_dense(record, device)
@@ -122,7 +129,11 @@ def train(args: argparse.Namespace, device: Any) -> None:
     ):
         if module is None:
             continue
-        say(args, f"{name}: {args.epochs or recipe.epochs} epochs over {len(samples):,} samples")
+        say(
+            args,
+            f"{name}: {args.epochs or recipe.epochs} epochs over {len(samples):,} samples in batches of "
+            f"{args.batch_size} at a learning rate of {recipe.lr:g} (meant for {recipe.batch_size})",
+        )
         checkpoints = args.out / "checkpoints" / role
         history = finetune(
             module,
@@ -171,6 +182,7 @@ def read_recipe(args: argparse.Namespace) -> TrainRecipe:
         recipe = TrainRecipe.from_dict(content)
     else:
         recipe = as_recipe(args.recipe)
+        recipe = recipe.fitted(args.epochs or recipe.epochs)
     changes = {"lr": args.lr, "distillation_weight": args.distill}
     return recipe.replace(**{key: value for key, value in changes.items() if value is not None})
 

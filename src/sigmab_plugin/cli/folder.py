@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Collection
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..tree import SigmaBNet, StaticTwin
+
+_log = logging.getLogger(__name__)
 
 RECORD = "sigmab.json"
 TWIN = "twin.safetensors"
@@ -89,6 +92,11 @@ def read_record(folder: Path, args: argparse.Namespace) -> Record:
         except (KeyError, TypeError) as error:
             raise FormatError(f"{folder / RECORD} is incomplete or was altered: {error}") from error
     if args.model:
+        if args.model == record.model and record.model_args and not args.model_args:
+            _log.warning(
+                "with --model the record's arguments of it are not used; to use them add --model-args %s",
+                shlex.quote(json.dumps(record.model_args)),
+            )
         record = replace(record, model=args.model, model_args={})
     if args.model_args:
         record = replace(record, model_args=parse_model_args(args.model_args))

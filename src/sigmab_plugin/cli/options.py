@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import json
 import logging
@@ -172,13 +173,18 @@ def _resolve(spec: str) -> Any:
     try:
         target: Any = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"--model {spec}: cannot import {module_name} ({error})") from error
+        named_file = module_name.endswith(".py")
+        hint = f"; write {module_name.removesuffix('.py')}:{attribute}" if named_file else ""
+        raise ConfigError(f"--model {spec}: cannot import {module_name} ({error}){hint}") from error
     for part in attribute.split("."):
         try:
             target = getattr(target, part)
         except AttributeError as error:
             known = [name for name in getattr(target, "__all__", ()) if not name.startswith("_")]
-            hint = f"; it has {', '.join(known)}" if known else ""
+            near = difflib.get_close_matches(part, dir(target), n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(known)}" if known else ""
+            if not separator and "." in spec:
+                hint = f"; for a module of your own write {':'.join(spec.rsplit('.', 1))}"
             raise ConfigError(f"--model {spec}: {module_name} has no {attribute!r}{hint}") from error
     if not callable(target):
         raise ConfigError(f"--model {spec}: {attribute} is not callable; name a class or a function")
@@ -188,7 +194,8 @@ def _resolve(spec: str) -> Any:
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a state dict into ``model``; nothing is unpickled that could run code.
 
-    A dict nested under ``state_dict`` or ``model`` and the prefix ``module.`` of data-parallel training are undone.
+    A dict nested under ``state_dict``, ``model_state_dict`` or ``model``, and the prefix ``module.`` of data-parallel
+    training, are undone.
 
     Raises:
         FormatError: the file cannot be read as weights.
@@ -233,11 +240,12 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise FormatError(
             f"{path} cannot be read as plain weights; save a state dict (model.state_dict()), best as .safetensors"
         ) from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(hasattr(value, "shape") for value in state.values()):
-        raise FormatError(f"{path} holds no state dict; save model.state_dict()")
+        found = f"; it has the keys {', '.join(map(str, list(state)[:8]))}" if isinstance(state, dict) else ""
+        raise FormatError(f"{path} holds no state dict{found}; save model.state_dict()")
     return state
 
 

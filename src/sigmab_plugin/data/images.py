@@ -91,7 +91,7 @@ def choose_split(source: str, split: str | None, named: Sequence[str], *, whole:
         )
     there = ", ".join(map(repr, named))
     wanted = "several splits" if split is None else f"no split {split!r}"
-    raise ConfigError(f"{source}: {wanted} (there: {there}); give split= one of them")
+    raise ConfigError(f"{source}: {wanted} (there: {there}); name one of them (split=, --split)")
 
 
 def split_in_name(path: Path) -> str:
@@ -228,7 +228,8 @@ def _decoded(members: Sequence[Image], cache_dir: PathLike | None, image_size: i
         image = first if i == 0 else _decode_image(member, image_size)
         if image.shape != first.shape:
             raise ConfigError(
-                f"{member.name} is {image.shape[:2]} but others are {first.shape[:2]}; give image_size="
+                f"{member.name} is {image.shape[:2]} but others are {first.shape[:2]}; give one size for all "
+                "(image_size=, --image-size)"
             )
         values[i] = image
     if target is not None:
@@ -254,6 +255,11 @@ def _key(members: Sequence[Image], image_size: int | None) -> str:
     return digest.hexdigest()[:16]
 
 
+def _cause(error: Exception) -> str:
+    """What a decoder says, without the object that it was given."""
+    return re.sub(r"\s*<[^>]* object at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
+
+
 def _decode_image(member: Image, image_size: int | None) -> np.ndarray:
     try:
         from PIL import Image as PILImage
@@ -270,7 +276,9 @@ def _decode_image(member: Image, image_size: int | None) -> np.ndarray:
     except FormatError:
         raise
     except Exception as error:  # the decoders raise many kinds, one of them for images of absurd size
-        raise FormatError(f"{member.name} is no readable image ({error}); replace or remove it") from error
+        raise FormatError(
+            f"{member.name} is no readable image ({_cause(error)}); replace or remove it"
+        ) from error
     if image_size is not None and image.size != (image_size, image_size):
         factor = image_size / min(image.size)
         size = (max(image_size, round(image.width * factor)), max(image_size, round(image.height * factor)))

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import CalibrationError, ConfigError
@@ -147,6 +148,8 @@ def compress(
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
+        if example_inputs is None:
+            _check_runs(model, example)
         run = replace(run, known=_found_scopes(model, entries, run))
         for entry, runner in zip(entries, runners, strict=True):
             network.eval()
@@ -159,6 +162,18 @@ def compress(
         for module, training in modes:
             module.training = training
     return network.eval() if network is not model else network
+
+
+def _check_runs(model: nn.Module, example: tuple[Any, ...]) -> None:
+    """NNCF's datasets hand on what a loader yields, targets too, unless a transform takes them off."""
+    try:
+        with torch.no_grad():
+            model(*example)
+    except Exception as error:
+        raise CalibrationError(
+            f"the model does not run on the first item of calibration_dataset ({type(error).__name__}: {error}): it "
+            "must give the model's inputs alone, for example nncf.Dataset(loader, lambda batch: batch[0])"
+        ) from error
 
 
 def _found_scopes(model: nn.Module, entries: Sequence[Section], run: Run) -> frozenset[str]:

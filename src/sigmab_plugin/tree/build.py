@@ -25,6 +25,7 @@ from .prepare import Prepared, channel_means
 from .repair import Pair, fit_layers, sample_pairs
 from .segments import call
 from .statistics import collect_level
+from .widths import warn_if_large
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,10 @@ class Allocation:
     samples: int
     keep: dict[str, torch.Tensor]
     shared: dict[str, torch.Tensor]
+
+
+#: Calibration samples of a node below which its two clusters are called uncertain.
+_FEW = 16
 
 
 def _node_seed(seed: int, path: str) -> int:
@@ -94,13 +99,15 @@ class Builder:
             branches=self.branches,
             splits=self.splits,
         )
-        return SigmaBNet(
+        net = SigmaBNet(
             backbone=slice_module(self.prepared.segments.backbone, {}),
             routers=self.routers,
             specializers=self.specializers,
             heads=self.heads,
             plan=plan,
         )
+        warn_if_large(self.prepared, net)
+        return net
 
     def _kept(self, path: str) -> dict[str, torch.Tensor]:
         return {
@@ -218,6 +225,12 @@ class Builder:
                 raise CalibrationError(
                     f"node {path or 'root'!r} got {len(everyone)} calibration sample(s), and a split needs at least 2: "
                     "give more or more varied calibration data, or fewer levels"
+                )
+            if len(everyone) < _FEW:
+                _log.warning(
+                    "node %r is split by %d calibration samples: give some hundred for every leaf",
+                    path or "root",
+                    len(everyone),
                 )
             result = spherical_kmeans(
                 everyone,

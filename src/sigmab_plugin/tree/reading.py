@@ -51,6 +51,13 @@ def read_example(
     """
     if any(tensor.is_meta for module in (pieces.backbone, *pieces.tail) for tensor in module.parameters()):
         raise ModelError("the model is on the meta device and has no values: load its weights first")
+    try:
+        return _read(pieces, example, model)
+    except _RunError as error:
+        raise ModelError(str(error)) from error.__cause__
+
+
+def _read(pieces: Segments, example: Any, model: nn.Module | None) -> Reading:
     with evaluating(*([model] if model is not None else []), pieces.backbone, *pieces.tail):
         whole = functools.partial(_whole, pieces, model, example)
         wanted = whole() if model is not None else None

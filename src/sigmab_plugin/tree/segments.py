@@ -142,7 +142,8 @@ def _check_names(model: nn.Module, levels: Sequence[str], head: str) -> None:
         raise ConfigError("head is missing: name the module at which the classifier starts, for example 'fc'")
     for name in (*levels, head):
         if not name or name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
+            inside = [other for other in known if other.endswith(f".{name}")] if name else []  # of a wrapper
+            near = inside[:3] or difflib.get_close_matches(name, known, n=3)
             children = ", ".join(child for child, _ in model.named_children())
             hint = f"did you mean {', '.join(near)}?" if near else f"top-level modules: {children}"
             raise ConfigError(f"the model has no module {name!r}; {hint}")

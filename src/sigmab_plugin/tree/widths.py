@@ -1,7 +1,8 @@
-"""Solve for widths that reach a target share of active parameters."""
+"""The share of the dense parameters that one path has: widths that reach a target, a word where it is large."""
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,13 @@ from .allocation import top_channels
 from .plan import paths_at, prefixes
 
 if TYPE_CHECKING:
+    from .net import SigmaBNet
     from .prepare import Prepared
+
+_log = logging.getLogger(__name__)
+
+#: Share above which a path is called large.
+_LARGE = 0.8
 
 
 def path_parameters(prepared: Prepared, *, scale: float, leaf: str) -> int:
@@ -73,7 +80,10 @@ def solve_scale(prepared: Prepared) -> float:
     if not smallest <= ratio <= largest:
         raise ConfigError(
             f"active_ratio {ratio} cannot be reached: with these levels a path has between {smallest:.3f} and "
-            f"{largest:.3f} of the dense parameters. Cut earlier (a smaller backbone), or ask for another ratio."
+            f"{largest:.3f} of the dense parameters, of which the backbone has "
+            f"{parameter_count(prepared.segments.backbone) / dense:.3f} and routers with a projection_dim of "
+            f"{prepared.config.projection_dim} up to {_router_parameters(prepared, {}) / dense:.3f}. Cut earlier (a "
+            "smaller backbone), lower projection_dim, or ask for another ratio."
         )
     for _ in range(40):
         middle = (low + high) / 2
@@ -82,3 +92,23 @@ def solve_scale(prepared: Prepared) -> float:
         else:
             high = middle
     return low
+
+
+def warn_if_large(prepared: Prepared, net: SigmaBNet) -> None:
+    """A tree that reads nearly as much as the dense network, or more, is seldom what was wanted."""
+    dense = parameter_count(prepared.segments.backbone, *prepared.segments.tail)
+    counts = net.parameter_counts()
+    if counts.active <= _LARGE * dense:
+        return
+    leaf = max(counts.per_path, key=counts.per_path.__getitem__)
+    routers = parameter_count(*(m for name, m in net.path_modules(leaf) if name.startswith("routers.")))
+    _log.warning(
+        "one path has %.2f of the dense network's parameters (the backbone %.2f, its routers %.2f), and %d of %d "
+        "groups of channels keep all channels (level INFO names them): cut earlier, lower projection_dim, or give "
+        "an active_ratio",
+        counts.active / dense,
+        counts.backbone / dense,
+        routers / dense,
+        sum(bool(group.complete) for group in prepared.groups),
+        len(prepared.groups),
+    )

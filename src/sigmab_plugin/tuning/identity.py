@@ -26,6 +26,11 @@ _STARTED_FROM = {
     "first_samples": "other data",
 }
 
+_START_OVER = (
+    "to start over give another folder (checkpoint_dir; --out on the command line), delete {} or pass "
+    "resume=False"
+)
+
 #: Samples of a dataset whose digest stands for all of it.
 _SAMPLES = 32
 
@@ -77,7 +82,7 @@ def check_identity(
         names.remove("initial_weights")
     if names:
         what = " and ".join(_STARTED_FROM[key] for key in names)
-        way = f"give another checkpoint_dir, delete {path.parent} or pass resume=False to start over"
+        way = _START_OVER.format(path.parent)
         if names == ["initial_weights"]:
             way += f"; to go on with it all the same, load it into the network first: load_weights({str(path)!r}, net)"
         else:
@@ -107,13 +112,15 @@ def _check_settings(path: Path, found: Mapping[str, Any], expected: Mapping[str,
         if found.get(key) == value:
             continue
         if key == "recipe" and isinstance(found.get(key), dict):
+            value = {**value, "epochs": found[key].get("epochs")}  # the run's own stand beside the recipe
+            if found[key] == value:
+                continue
             changed = [name for name in value if found[key].get(name) != value[name]]
             what = ", ".join(f"{name} {found[key].get(name)!r} -> {value[name]!r}" for name in changed)
         else:
             what = f"{key} {found.get(key)!r} -> {value!r}"
         raise FormatError(
-            f"{path} belongs to a run with other settings ({what}); give them again, another checkpoint_dir, or "
-            "resume=False"
+            f"{path} belongs to a run with other settings ({what}); give them again; {_START_OVER.format(path.parent)}"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..counting import as_arguments
-from ..errors import ConfigError, TrainingError
+from ..errors import TrainingError
 from . import checkpoint
 from .batches import check_targets, split_batch, to_device
 from .batchnorm import reestimate_batchnorm
@@ -26,10 +26,11 @@ from .lone_sample import has_lone_sample, lone_sample_refused
 from .objective import Objective, leaf_names
 from .optimizer import build_optimizer
 from .progress import Progress
-from .recipe import DEFAULT, TrainRecipe, as_recipe
+from .recipe import DEFAULT, TrainRecipe
 from .schedule import learning_rate, router_temperature
 from .scopes import backbone_of, frozen, left_as_found, synchronised
 from .seeding import loader_left_as_found, preserve_random_state, seed_epoch
+from .settings import settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ def finetune(
             :class:`~sigmab_plugin.data.Loader` goes by its own seed instead of this one.
         epochs: total number, those of an earlier, resumed call included; by default the recipe's.
         recipe: ``"default"``, a published one (``"imagenet"``, ``"cifar100"``, ``"modelnet40"``) or a
-            :class:`TrainRecipe`.
+            :class:`TrainRecipe`. The warm-up of a recipe that is named takes a tenth of the epochs at most where
+            these are fewer than its own.
         val_loader: evaluated after each epoch, trees in hard routing; decides which epoch is best.
         teacher: dense network whose logits are distilled into every leaf, with the recipe's weight, or 1
             where the recipe has none. Moved to ``device`` for the run and put back.
@@ -93,7 +95,7 @@ def finetune(
         FormatError: the checkpoint is damaged or belongs to another run: other settings, another network, other
             weights at its start, another teacher, other data.
     """
-    used, total = _settings(net, as_recipe(recipe), epochs, teacher)
+    used, total = settings_of(net, recipe, epochs, teacher)
     fixed = backbone_of(net) if used.freeze_backbone else None
     with (
         preserve_random_state(),
@@ -123,27 +125,6 @@ def _log_stem(
     if log is not None:
         return Path(log)
     return None if checkpoint_dir is None else Path(checkpoint_dir) / "log"
-
-
-def _settings(
-    net: nn.Module, recipe: TrainRecipe, epochs: int | None, teacher: nn.Module | None
-) -> tuple[TrainRecipe, int]:
-    """Recipe and epochs as they will be used."""
-    epochs = recipe.epochs if epochs is None else epochs
-    if epochs < 1:
-        raise ConfigError(f"epochs must be at least 1; got {epochs}")
-    if recipe.hard_epochs > epochs:
-        raise ConfigError(f"hard_epochs {recipe.hard_epochs} are more than the {epochs} epochs of the run")
-    if teacher is None and recipe.distillation_weight:
-        raise ConfigError(
-            "the recipe distils (distillation_weight > 0) but there is no teacher; give teacher="
-        )
-    if teacher is not None and not recipe.distillation_weight:
-        logger.info("a teacher is given and the recipe sets no distillation_weight: using 1")
-        recipe = recipe.replace(distillation_weight=1.0)
-    if not any(p.requires_grad for p in net.parameters()):
-        raise TrainingError("the network has no trainable parameter; set requires_grad on those to train")
-    return recipe, epochs
 
 
 class _Run:
@@ -326,16 +307,19 @@ class _Run:
         return History(records=records, leaves=self.leaves, best_epoch=best_epoch(records), complete=complete)
 
     def _warn_if_starved(self, record: EpochRecord) -> None:
+        """When it begins, and where training ends with it."""
         starved = record.balance is not None and record.balance < STARVED
-        if starved and not self.starved and is_main():
+        last = record.epoch == self.epochs
+        if starved and (last or not self.starved) and is_main():
             shares = ", ".join(
                 f"{leaf} {share:.1%}" for leaf, share in zip(self.leaves, record.leaf_shares, strict=True)
             )
             logger.warning(
-                "leaves starve: balance %.2f after epoch %d (%s); try a balance_weight, a larger "
-                "responsibility_weight, a router_temperature above 1, or a lower lr",
+                "leaves starve: balance %.2f after epoch %d%s (%s); try a lower lr, or in the recipe a balance_weight "
+                "or a router_temperature above 1, or a larger responsibility_weight of the tree",
                 record.balance,
                 record.epoch,
+                ", the last" if last else "",
                 shares,
             )
         self.starved = starved

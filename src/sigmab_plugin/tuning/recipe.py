@@ -77,6 +77,12 @@ class TrainRecipe(TechniqueConfig):
                 "choose one"
             )
 
+    def fitted(self, epochs: int) -> TrainRecipe:
+        """With a warm-up of at most a tenth of a run of ``epochs``, for a recipe that was made for more of them."""
+        if epochs >= self.epochs:
+            return self
+        return self.replace(warmup_epochs=min(self.warmup_epochs, _WARMUP_SHARE * epochs))
+
     @classmethod
     def published(cls, name: str) -> TrainRecipe:
         """The paper's fine-tuning recipe for ``"imagenet"``, ``"cifar100"`` or ``"modelnet40"``.
@@ -87,6 +93,8 @@ class TrainRecipe(TechniqueConfig):
         return _lookup(name, _PUBLISHED)
 
 
+#: Share of the epochs that the warm-up takes at most where a recipe is used for fewer than it was made for.
+_WARMUP_SHARE = 0.1
 #: Name of the recipe that is used where none is asked for.
 DEFAULT = "default"
 
