@@ -115,7 +115,7 @@ def test_an_unknown_command_is_refused(sigmab: Command) -> None:
         (["--model", "mymodels:"], "write package.module:callable"),
         (["--model", ".x:y"], "write package.module:callable"),
         (["--model", ""], "write package.module:callable"),
-        (["--model", "math:Pi"], "did you mean pi?"),
+        (["--model", "math:Sqrt"], "did you mean sqrt?"),
         (["--model", "mynets.Net"], "for a module of your own write mynets:Net"),
         (["--model", "mynets.py:Net"], "; write mynets:Net"),
         (["--model", "math:pi"], "is not callable"),
@@ -123,7 +123,7 @@ def test_an_unknown_command_is_refused(sigmab: Command) -> None:
         (["--model", "cifar_resnet18", "--model-args", "{"], "--model-args is not JSON"),
         (["--model", "cifar_resnet18", "--model-args", '{"depth": 3}'], "does not take these arguments"),
         (["--model", "cifar_resnet18", "--weights", "none.pth"], "no such weights file"),
-        (["--model", "cifar_resnet18", "--device", "tpu7"], "--device tpu7 cannot be used here"),
+        (["--model", "cifar_resnet18", "--device", "tpu7"], "device tpu7 cannot be used here"),
         (["--model", "cifar_resnet18", "--levels"], "expected at least one argument"),
     ],
 )

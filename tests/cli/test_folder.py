@@ -90,7 +90,9 @@ def test_a_record_runs_no_code_by_itself(users_folder: Path, capsys: pytest.Capt
     assert not (users_folder / "owned").exists()
 
 
-def test_the_error_has_the_line_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_has_the_line_to_type(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     assert compress("tree", "--weights", weights(6), "--model-args", '{"width": 6}') == 0
     words = ["evaluate", "tree", "--data", "digits", "--quiet", "--threads", "1"]
     capsys.readouterr()
@@ -103,7 +105,7 @@ def test_the_error_has_the_line_to_type(capsys: pytest.CaptureFixture[str]) -> N
     assert main([*words, "--trust-record"]) == 0
     assert capsys.readouterr().out == printed
     assert main([*words, "--model", MODEL]) == 2
-    assert """add --model-args '{"width": 6}'""" in capsys.readouterr().err
+    assert """add --model-args '{"width": 6}'""" in caplog.text
     assert "SigmaB" in printed
 
 

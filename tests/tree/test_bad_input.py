@@ -145,6 +145,7 @@ class TiedInside(MLP):
         (MLP, {"widths": {"b": 4}, "active_ratio": 0.5}, ConfigError, "not both"),
         (MLP, {"active_ratio": 0.01}, ConfigError, "between .* lower projection_dim"),
         (MLP, {"levels": [nn.Linear(3, 3)]}, ConfigError, "levels holds modules: give their qualified names"),
+        (MLP().state_dict, {}, ModelError, "is a OrderedDict and must be a torch.nn.Module"),
         (Wrapped, {}, ConfigError, "did you mean inner.b?"),
         (MLP, {"shared_ratio": 1.5}, ConfigError, "at most 1"),
         (MLP, {"importance": lambda group: None}, ConfigError, "gives no score"),
@@ -158,8 +159,9 @@ def test_model_and_options(
     message: str,
 ) -> None:
     torch.manual_seed(0)
+    model = make()
     with pytest.raises(error, match=message):
-        _restructure(untouched(make()), **options)
+        _restructure(untouched(model) if isinstance(model, nn.Module) else model, **options)
 
 
 def test_an_example_that_does_not_fit_is_a_public_error() -> None:
@@ -307,6 +309,11 @@ def test_another_dense_model(saved: tuple[Path, SigmaBNet]) -> None:
     no_bias.c[0] = nn.Linear(24, 32, bias=False)
     with pytest.raises(ModelError, match=r"no tensor 'c\.0\.bias'"):
         load(directory, no_bias)
+
+
+def test_load_with_its_arguments_swapped(saved: tuple[Path, SigmaBNet]) -> None:
+    with pytest.raises(ModelError, match="the folder first"):
+        load(MLP(), saved[0])  # type: ignore[arg-type]
 
 
 def test_load_on_the_meta_device(saved: tuple[Path, SigmaBNet]) -> None:

@@ -346,6 +346,11 @@ def test_the_warm_up_of_a_named_recipe_fits_few_epochs(caplog: pytest.LogCapture
     assert "a warm-up of 2 epochs leaves none of the 1" in caplog.text
 
 
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"device mps:7 cannot be used here .*; try cpu"):
+        finetune(dense(), loader(), epochs=1, recipe=QUICK, device="mps:7", progress=False)
+
+
 def test_frozen_weights_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     net = dense().requires_grad_(False)
     next(net.parameters()).requires_grad_(True)

@@ -299,6 +299,8 @@ def pick_device(args: argparse.Namespace, given: Any = None) -> Any:
     """
     import torch
 
+    from ..tuning.settings import usable
+
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(seed_of(args))
@@ -307,14 +309,7 @@ def pick_device(args: argparse.Namespace, given: Any = None) -> Any:
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try cpu"
-        ) from error
-    return device
+    return usable(name)
 
 
 @contextmanager

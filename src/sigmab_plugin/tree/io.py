@@ -181,6 +181,8 @@ def load(
     """
     from safetensors.torch import load as deserialize
 
+    if isinstance(directory, nn.Module):
+        raise ModelError("load takes the folder first: load(directory, dense_model)")
     plan, facts = _read_plan(Path(directory))
     weights = _read_weights(Path(directory), str(facts["sha256"]))
     net = assemble(plan, dense_model)

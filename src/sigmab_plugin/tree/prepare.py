@@ -96,7 +96,11 @@ def prepare(
     if segments is not None:
         pieces = chain(segments)
     else:
-        assert model is not None
+        if not isinstance(model, nn.Module):
+            raise ModelError(
+                f"the model is a {type(model).__name__} and must be a torch.nn.Module: build it, and load a state dict "
+                "into it with load_state_dict"
+            )
         pieces = cut(model, levels=config.levels, head=config.head)
     pieces = dataclasses.replace(pieces, forward_fn=forward_fn)
     modules = [pieces.backbone, *pieces.tail]

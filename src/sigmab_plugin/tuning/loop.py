@@ -30,7 +30,7 @@ from .recipe import DEFAULT, TrainRecipe
 from .schedule import learning_rate, router_temperature
 from .scopes import backbone_of, frozen, left_as_found, synchronised
 from .seeding import loader_left_as_found, preserve_random_state, seed_epoch
-from .settings import settings_of
+from .settings import settings_of, usable
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def finetune(
             epochs=total,
             val_loader=val_loader,
             teacher=teacher,
-            device=torch.device(device) if device is not None else module_device(net),
+            device=usable(device) if device is not None else module_device(net),
             folder=None if checkpoint_dir is None else Path(checkpoint_dir),
             log=_log_stem(log, checkpoint_dir),
             seed=seed,

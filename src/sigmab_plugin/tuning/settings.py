@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 
 from ..errors import ConfigError, TrainingError
@@ -61,3 +62,19 @@ def _check_trainable(net: nn.Module) -> None:
             sizes[False],
             sizes[True] + sizes[False],
         )
+
+
+def usable(device: torch.device | str) -> torch.device:
+    """A device that this machine has.
+
+    Raises:
+        ConfigError: it has none of that name.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {device} cannot be used here ({str(error).splitlines()[0]}); try cpu"
+        ) from error
+    return found
