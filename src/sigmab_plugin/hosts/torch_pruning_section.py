@@ -14,6 +14,10 @@ from ..config import TechniqueConfig, option
 from ..counting import as_arguments
 from ..errors import ConfigError, ModelError
 from ..techniques.base import Context, Technique
+from ..techniques.mix_and_match.roles import class_count, find_layers
+from ..techniques.mix_and_match.structured import whole_layers
+from ..tuning.seeding import preserve_random_state
+from .torch_pruning_outputs import check_logits, logits_before, require_gradients
 
 #: Importance in a section -> Torch-Pruning's class.
 IMPORTANCES = {
@@ -37,7 +41,7 @@ class TorchPruningConfig(TechniqueConfig):
     )
     global_pruning: bool = option(False, "rank the channels of all layers together")
     round_to: int | None = option(None, "round widths to a multiple of it", minimum=1)
-    ignored_layers: tuple[str, ...] = option((), "modules to leave alone; the classifier always is")
+    ignored_layers: tuple[str, ...] = option((), "modules to leave alone; classifier and attention always are")
 
 
 def apply(model: nn.Module, config: TorchPruningConfig, context: Context) -> nn.Module:
@@ -45,7 +49,8 @@ def apply(model: nn.Module, config: TorchPruningConfig, context: Context) -> nn.
 
     Raises:
         ConfigError: no example inputs, or a module name that does not exist.
-        ModelError: nothing was pruned although something was asked for.
+        ModelError: nothing was pruned although something was asked for, no logits in the output, or a pruned network
+            that does not run or has lost classes.
     """
     if context.example_inputs is None:
         raise ConfigError(
@@ -53,10 +58,11 @@ def apply(model: nn.Module, config: TorchPruningConfig, context: Context) -> nn.
         )
     pruned = copy.deepcopy(model).eval()
     inputs = as_arguments(context.example_inputs)
-    with torch.no_grad():
-        classes = int(pruned(*inputs).shape[-1])
+    logits = logits_before(pruned, inputs, algorithm="torch_pruning")
+    classes = class_count(logits)
+    whole = whole_layers(pruned, find_layers(pruned, context.example_inputs), classes)
     flags = {name: parameter.requires_grad for name, parameter in pruned.named_parameters()}
-    pruned.requires_grad_(True)  # frozen parameters are invisible to the dependency graph
+    require_gradients(pruned)
     # Hard routing would trace one path alone.
     routing = getattr(pruned, "routing", None)
     if routing is not None:
@@ -74,20 +80,22 @@ def apply(model: nn.Module, config: TorchPruningConfig, context: Context) -> nn.
         round_to=config.round_to,
         ignored_layers=[
             *_classifiers(pruned, classes),
-            *_routers(pruned),
+            *whole,
             *(_module(pruned, name) for name in config.ignored_layers),
         ],
         in_channel_groups={},
         out_channel_groups={},
     )
-    torch.manual_seed(context.seed)
-    pruner.step()
+    with preserve_random_state():
+        torch.manual_seed(context.seed)
+        pruner.step()
     after = sum(parameter.numel() for parameter in pruned.parameters())
     if after == before and (config.pruning_ratio > 0 or config.pruning_ratios):
         raise ModelError(
             "torch_pruning: nothing was pruned; Torch-Pruning found no prunable channels in "
             f"{type(model).__name__}. Name other layers, or a larger pruning_ratio."
         )
+    check_logits(pruned, inputs, logits.shape, algorithm="torch_pruning")
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
         parameter.grad = None
@@ -110,14 +118,6 @@ def _classifiers(model: nn.Module, classes: int) -> list[nn.Module]:
         for module in model.modules()
         if isinstance(module, nn.Linear) and module.out_features == classes
     ]
-
-
-def _routers(model: nn.Module) -> list[nn.Module]:
-    """Layers of a tree's routers: their latents are fixed by the plan."""
-    routers = getattr(model, "routers", None)
-    if not isinstance(routers, nn.ModuleDict):
-        return []
-    return [module for module in routers.modules() if isinstance(module, nn.Linear)]
 
 
 technique = Technique(TorchPruningConfig, apply)

@@ -159,7 +159,9 @@ class _Trace:
 
 
 def _trace(model: nn.Module, example_inputs: Any, modules: Mapping[str, nn.Module]) -> _Trace:
-    working = differentiable_copy(model).requires_grad_(True)
+    working = differentiable_copy(model)
+    for parameter in working.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     nodes: dict[Any, str] = {}
     order: list[str] = []
 
@@ -184,7 +186,12 @@ def _trace(model: nn.Module, example_inputs: Any, modules: Mapping[str, nn.Modul
         upstream.setdefault(name, set()).update(_nearest(node, nodes))
     at_logits = nodes.get(logits.grad_fn)
     last = {at_logits} if at_logits is not None else _nearest(logits.grad_fn, nodes)
-    return _Trace(order, last, upstream, logits.shape[1] if logits.ndim == 4 else logits.shape[-1])
+    return _Trace(order, last, upstream, class_count(logits))
+
+
+def class_count(logits: Tensor) -> int:
+    """Classes of ``(B, ..., classes)`` logits; of maps ``(B, classes, H, W)`` and volumes the second dimension."""
+    return logits.shape[1] if logits.ndim >= 4 else logits.shape[-1]
 
 
 def _nearest(start: Any, nodes: Mapping[Any, str]) -> set[str]:

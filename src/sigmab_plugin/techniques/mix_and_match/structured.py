@@ -57,12 +57,30 @@ def structured_ratios(
         module = model.get_submodule(layer.module)
         if not isinstance(module, (_ConvNd, nn.Linear)):
             continue
-        width = module.out_channels if isinstance(module, _ConvNd) else module.out_features
-        if layer.role in _WHOLE or (layer.role == "classifier" and classes in (None, width)):
+        width = _width(module)
+        if _stays_whole(layer.role, width, classes):
             ignored.append(module)
             continue
         sparsity = sparsities[layer.name]
         ratio = sparsity if match == "channels" else 1 - math.sqrt(1 - sparsity)
         # One channel stays: Torch-Pruning silently leaves a layer whole that would lose them all.
-        ratios[module] = max(0.0, min(ratio, 1 - 1 / width - 1e-9))
+        ratios[module] = max(0.0, min(ratio, 1 - 1 / max(width, 1) - 1e-9))
     return StructuredRatios(ratios, ignored)
+
+
+def whole_layers(model: nn.Module, layers: Sequence[LayerWeight], classes: int) -> list[nn.Module]:
+    """Modules of ``model`` whose outputs must stay: what :class:`StructuredRatios` ignores, without ratios."""
+    modules = [(layer.role, model.get_submodule(layer.module)) for layer in layers]
+    return [
+        module
+        for role, module in modules
+        if isinstance(module, (_ConvNd, nn.Linear)) and _stays_whole(role, _width(module), classes)
+    ]
+
+
+def _width(module: _ConvNd | nn.Linear) -> int:
+    return module.out_channels if isinstance(module, _ConvNd) else module.out_features
+
+
+def _stays_whole(role: str, width: int, classes: int | None) -> bool:
+    return role in _WHOLE or (role == "classifier" and classes in (None, width))
