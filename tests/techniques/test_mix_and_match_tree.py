@@ -10,7 +10,7 @@ from torch import nn
 
 from sigmab_plugin import SigmaBNet, SigmaBPruner
 from sigmab_plugin.counting import parameter_count
-from sigmab_plugin.errors import CalibrationError
+from sigmab_plugin.errors import CalibrationError, ConfigError
 from sigmab_plugin.hosts.torch_pruning_techniques import MixAndMatchPruner
 from sigmab_plugin.techniques.base import Context
 from sigmab_plugin.techniques.mix_and_match import MixAndMatchConfig, find_layers, technique
@@ -86,25 +86,11 @@ def test_structured_pruner(dense: nn.Module, match: str) -> None:
     assert all(m.out_channels % 2 == 0 for m in net.modules() if isinstance(m, nn.Conv2d))
 
 
-def test_structured_pruner_on_a_tree(tree: SigmaBNet) -> None:
-    pruner = MixAndMatchPruner(
-        tree,
-        TRAIN[0][0],
-        validate=validate,
-        train_data=TRAIN,
-        config=FEW.replace(strategies=("max",)),
-        structured=True,
-    )
-    net = pruner.step()
-    assert isinstance(net, SigmaBNet)
-    assert parameter_count(net) < parameter_count(tree)
-    assert net.routing == "auto"
-    for routing in ("soft", "hard"):
-        net.routing = routing
-        assert net(TRAIN[0][0]).shape == (32, 4)
-    assert [r.out_features for r in net.routers.modules() if isinstance(r, nn.Linear)] == [
-        r.out_features for r in tree.routers.modules() if isinstance(r, nn.Linear)
-    ]
+def test_structured_pruner_refuses_a_tree(tree: SigmaBNet) -> None:
+    """Its result could not be saved: said before a search is trained, with the reason that lists of sections give."""
+    with pytest.raises(ConfigError, match="plan of the tree records the widths"):
+        MixAndMatchPruner(tree, TRAIN[0][0], validate=validate, train_data=TRAIN, structured=True)
+    MixAndMatchPruner(tree, TRAIN[0][0], validate=validate, train_data=TRAIN)
 
 
 def test_masking_pruner(dense: nn.Module) -> None:

@@ -41,7 +41,9 @@ class TorchPruningConfig(TechniqueConfig):
     )
     global_pruning: bool = option(False, "rank the channels of all layers together")
     round_to: int | None = option(None, "round widths to a multiple of it", minimum=1)
-    ignored_layers: tuple[str, ...] = option((), "modules to leave alone; classifier and attention always are")
+    ignored_layers: tuple[str, ...] = option(
+        (), "modules to leave alone; classifier and attention always are"
+    )
 
 
 def apply(model: nn.Module, config: TorchPruningConfig, context: Context) -> nn.Module:

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
@@ -21,9 +20,12 @@ from ..counting import as_arguments, parameter_count
 from ..errors import CalibrationError, ConfigError
 from ..techniques import legonet, mix_and_match
 from ..techniques.base import Context
+from ..techniques.compose import order_problems
 from ..techniques.legonet import LegoNetConfig, PackedModel, PackingReport
 from ..techniques.mix_and_match import MixAndMatchConfig, SearchResult, find_layers, structured_ratios
-from ..techniques.supervised import LossFunction, logits_of
+from ..techniques.mix_and_match.roles import class_count, matches
+from ..techniques.supervised import LossFunction
+from .torch_pruning_outputs import check_logits, logits_before, require_gradients
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +38,13 @@ def _configure(
     model: nn.Module,
     changes: Mapping[str, Any],
     ignored: Sequence[nn.Module] | None,
+    *,
+    dimensions: int,
 ) -> C:
-    """``config`` with the keywords given, and the host's list of modules as names."""
+    """``config`` with the keywords given, and the host's list of modules as names.
+
+    Modules without a parameter of ``dimensions`` or more mean nothing to the technique and are dropped.
+    """
     try:
         merged = kind(**changes) if config is None else config.replace(**changes)
     except TypeError as error:
@@ -48,7 +55,8 @@ def _configure(
     missing = [module for module in ignored if id(module) not in names]
     if missing:
         raise ConfigError(f"{kind.algorithm}: ignored_layers: {missing[0]!r} is no module of this model")
-    patterns = tuple(glob.escape(names[id(module)]) for module in ignored)
+    concerned = [module for module in ignored if any(p.ndim >= dimensions for p in module.parameters())]
+    patterns = tuple(glob.escape(names[id(module)]) for module in concerned)
     return merged.replace(ignored_layers=(*merged.ignored_layers, *patterns))  # type: ignore[attr-defined]
 
 
@@ -87,7 +95,7 @@ class LegoNetPruner:
         if importance is not None:
             _log.warning("LegoNetPruner does not rank channels; importance is not used")
         self.model = model
-        self.config = _configure(config, LegoNetConfig, model, changes, ignored_layers)
+        self.config = _configure(config, LegoNetConfig, model, changes, ignored_layers, dimensions=2)
         self._context = Context(
             example_inputs=example_inputs,
             calibration_data=calibration_data,
@@ -116,9 +124,14 @@ class MixAndMatchPruner:
         train_data: re-iterable of ``(inputs, targets)``, for fine-tuning.
         structured: remove channels at each layer's sparsity instead of masking weights.
         folder: where runs are kept, to be resumed.
-        ignored_layers: modules to leave dense.
+        ignored_layers: modules to leave dense; with ``structured`` none of their channels go.
         customized_pruners, unwrapped_parameters, root_module_types, forward_fn, output_transform,
             round_to: as in Torch-Pruning, for ``structured``.
+
+    Raises:
+        CalibrationError: ``validate`` is missing.
+        ConfigError: ``structured`` on a SigmaB net, whose plan records its widths, or with what names tensors or
+            modules of the model, of which copies are pruned.
 
     Attributes:
         result: the table of all runs, after ``step()``.
@@ -156,7 +169,7 @@ class MixAndMatchPruner:
         self.model = model
         self.example_inputs = example_inputs
         self.importance = importance
-        self.config = _configure(config, MixAndMatchConfig, model, changes, ignored_layers)
+        self.config = _configure(config, MixAndMatchConfig, model, changes, ignored_layers, dimensions=1)
         self.structured = structured
         self._data = {"calibration_data": calibration_data, "train_data": train_data}
         self._validate, self._loss_fn, self._folder = validate, loss_fn, folder
@@ -173,6 +186,15 @@ class MixAndMatchPruner:
             raise ConfigError(
                 "unwrapped_parameters name tensors of the model, and copies are pruned; leave it out"
             )
+        instances = [key for key in customized_pruners or () if not isinstance(key, type)]
+        if instances and structured:
+            raise ConfigError(
+                f"customized_pruners: {type(instances[0]).__name__} is given as an instance, and copies are pruned; "
+                "give the class"
+            )
+        if structured and any(hasattr(module, "forward_leaves") for module in model.modules()):
+            (problem,) = order_problems(("sigmab", "torch_pruning"))
+            raise ConfigError(f"MixAndMatchPruner(structured=True) on a SigmaB net: {problem.reason}")
 
     def step(self) -> nn.Module:
         """Try all runs; the chosen one's model, fine-tuned, in eval mode."""
@@ -193,18 +215,16 @@ class MixAndMatchPruner:
         """``net`` (a copy of the model), pruned by Torch-Pruning at one strategy's ratios."""
         layers = find_layers(net, self.example_inputs, self.config)
         arguments = as_arguments(self.example_inputs)
-        routing = getattr(net, "routing", None)
-        if routing is not None:
-            net.routing = "soft"  # type: ignore[assignment]  # hard routing would trace one path alone
         net.eval()
-        with torch.no_grad():
-            logits = logits_of(net(*arguments))
+        logits = logits_before(net, arguments, algorithm="mix_and_match")
         ratios = structured_ratios(
-            net, layers, sparsities, classes=logits.shape[1], match=self.config.structured_match
+            net, layers, sparsities, classes=class_count(logits), match=self.config.structured_match
         )
+        # Without these a layer that is left alone would still be narrowed by those it is coupled with.
+        whole = [m for n, m in net.named_modules() if matches(n, self.config.ignored_layers)]
         before = parameter_count(net)
         flags = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
-        net.requires_grad_(True)  # frozen parameters are invisible to the dependency graph
+        require_gradients(net)
         base: Any = getattr(tp.pruner, "BasePruner", None) or tp.pruner.MetaPruner
         base(
             net,
@@ -212,7 +232,7 @@ class MixAndMatchPruner:
             self.importance or tp.importance.MagnitudeImportance(),
             pruning_ratio=0.0,
             pruning_ratio_dict=ratios.pruning_ratio_dict,
-            ignored_layers=ratios.ignored_layers,
+            ignored_layers=[*ratios.ignored_layers, *whole],
             **{"in_channel_groups": {}, "out_channel_groups": {}, **self._graph},
         ).step()
         if parameter_count(net) == before and any(ratios.pruning_ratio_dict.values()):
@@ -220,6 +240,5 @@ class MixAndMatchPruner:
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(flags.get(name, True))
             parameter.grad = None
-        if routing is not None:
-            net.routing = routing
+        check_logits(net, arguments, logits.shape, algorithm="mix_and_match")
         return net

@@ -108,8 +108,16 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a pattern is that of the module or of one around it."""
+    return any(
+        fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+        for pattern in patterns
+    )
+
+
 def _matching(modules: Mapping[str, nn.Module], pattern: str, key: str) -> list[str]:
-    names = [n for n in modules if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"{pattern}.*")]
+    names = [name for name in modules if matches(name, (pattern,))]
     if not names:
         raise ConfigError(f"mix_and_match: {key}: {pattern!r} matches no layer of the model")
     return names
