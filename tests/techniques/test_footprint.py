@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 from sigmab_plugin import SigmaBPruner
 from sigmab_plugin.counting import storage_bytes
@@ -67,6 +68,36 @@ def test_a_shared_tensor_counts_once() -> None:
     assert footprint(nn.Sequential(first, second)).stored == 64
 
 
+@pytest.mark.parametrize("layers", [6, 12])
+def test_every_masked_layer_counts(layers: int) -> None:
+    """The masked weight is made anew at each look at it, at an address that the one before may have had."""
+    net = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(layers)))
+    for layer in net:
+        parametrize.register_parametrization(layer, "weight", Mask((torch.rand(16, 16) > 0.5).float()))
+    assert [name for name, _ in effective_tensors(net)] == [f"{index}.weight" for index in range(layers)]
+    assert footprint(net).stored == footprint(remove_masks_of(net)).stored
+
+
+def remove_masks_of(net: nn.Sequential) -> nn.Sequential:
+    for layer in net:
+        parametrize.remove_parametrizations(layer, "weight")
+    return net
+
+
+def test_a_tied_masked_weight_counts_once() -> None:
+    mask = torch.zeros(4, 4)
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    for layer in (first, second):
+        parametrize.register_parametrization(layer, "weight", Mask(mask))
+    assert footprint(nn.Sequential(first, second)).stored == 2
+    normed = [weight_norm(nn.Linear(4, 4, bias=False)) for _ in range(2)]
+    assert footprint(nn.Sequential(*normed)).stored == 128
+    for name in ("original0", "original1"):
+        setattr(normed[1].parametrizations.weight, name, getattr(normed[0].parametrizations.weight, name))
+    assert footprint(nn.Sequential(*normed)).stored == 64
+
+
 def test_a_codebook_counts_once_and_indices_by_their_bits() -> None:
     net, example = tree()
     packed = legonet.apply(net, LegoNetConfig(codebook_size=16), Context(example_inputs=example))
@@ -76,6 +107,21 @@ def test_a_codebook_counts_once_and_indices_by_their_bits() -> None:
     dense = sum(tensor.numel() * tensor.element_size() for tensor in packed.legonet.dense.values())
     assert size.stored == indices + dense + 16 * 16 * 4
     assert size.active < size.stored < footprint(net).stored
+
+
+def test_weights_that_left_their_codebook_count_as_dense() -> None:
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    net = legonet.apply(model, LegoNetConfig(codebook_size=4), Context())
+    packed = footprint(net)
+    with torch.no_grad():
+        net[0].weight += 0.1
+    partly = footprint(net)
+    assert (packed.form, partly.form) == ("codebook", "codebook")
+    assert partly.stored == packed.stored + 16 * 64 * 4 - net.legonet.tensors["0.weight"].index.numel()
+    with torch.no_grad():
+        net[2].weight += 0.1
+    trained = footprint(net)
+    assert (trained.stored, trained.form) == (storage_bytes(model), "dense")
 
 
 @pytest.mark.parametrize(("zeros", "expected"), [(0, 2 + 64), (16, 2), (8, 2 + 32)])
