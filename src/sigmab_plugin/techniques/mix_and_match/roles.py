@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from ...counting import as_arguments
 from ...errors import ConfigError, ModelError
@@ -77,10 +78,13 @@ def find_layers(
     for pattern, role in config.roles.items():
         for name in _matching(modules, pattern, "roles"):
             roles[name] = role
+    known = {**modules, **skipped_layers(model)}
     ignored = {
-        name for pattern in config.ignored_layers for name in _matching(modules, pattern, "ignored_layers")
+        name for pattern in config.ignored_layers for name in _matching(known, pattern, "ignored_layers")
     }
-    found, seen = [], set()
+    found: list[LayerWeight] = []
+    # A weight that an ignored layer shares stays dense in every layer.
+    seen = {id(parameter) for name in ignored for parameter in known[name].parameters()}
     for name, module in modules.items():
         if name in ignored:
             continue
@@ -92,7 +96,15 @@ def find_layers(
                     LayerWeight(f"{name}.{tensor}".lstrip("."), name, roles[name], parameter.numel())
                 )
     if all(layer.role == "normalization" for layer in found):
-        raise ModelError(f"{type(model).__name__} has no layer weights to prune")
+        parametrized = any(parametrize.is_parametrized(module) for module in known.values())
+        raise ModelError(
+            f"{type(model).__name__} has no layer weights to prune"
+            + (
+                "; remove the parametrizations of its layers first (remove_parametrizations)"
+                if parametrized
+                else ""
+            )
+        )
     return tuple(found)
 
 
@@ -106,6 +118,22 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
         if parameters and (leaf or isinstance(module, nn.MultiheadAttention) or _is_normalization(module)):
             layers[name] = module
     return layers
+
+
+def skipped_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """What has weights of two dimensions or more and is no layer: parametrized modules, and those with children."""
+    layers = _layers(model)
+    taken = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
+    skipped = {}
+    for name, module in model.named_modules():
+        if name in layers or "parametrizations" in name.split("."):
+            continue
+        own = [parameter for key, parameter in module.named_parameters(recurse=False) if "weight" in key]
+        if parametrize.is_parametrized(module):
+            own += module.parametrizations.parameters()  # type: ignore[operator, union-attr]
+        if any(p.ndim >= 2 and p.is_floating_point() and id(p) not in taken for p in own):
+            skipped[name] = module
+    return skipped
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

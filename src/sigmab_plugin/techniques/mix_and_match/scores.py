@@ -63,13 +63,13 @@ def measure_sensitivity(
     second derivative.
 
     Raises:
-        CalibrationError: no batch, no targets, or a loss that is not finite.
-        ModelError: an operation without second derivative, with ``hessian``.
+        CalibrationError: no batch, no targets, or a loss or gradient that is not finite.
+        ModelError: an operation without second derivative, or without a finite one, with ``hessian``.
     """
     working = differentiable_copy(model)
     device = module_device(working)
     names = [layer.name for layer in layers]
-    parameters = dict(working.named_parameters())
+    parameters = dict(working.named_parameters(remove_duplicate=False))
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     chosen = [parameters[name].requires_grad_(True) for name in names]
@@ -86,6 +86,12 @@ def measure_sensitivity(
                 total += part
             batches += 1
         gradients = [total / batches for total in gradients]
+        for name, gradient in zip(names, gradients, strict=True):
+            if not torch.isfinite(gradient).all():
+                raise CalibrationError(
+                    f"the gradient of the loss by {name!r} is not finite on the calibration data; look for a root or a "
+                    "logarithm of 0, or name the layer in ignored_layers"
+                )
         products: list[Tensor] = []
         if hessian:
             products = [torch.zeros_like(parameter) for parameter in chosen]
@@ -93,6 +99,12 @@ def measure_sensitivity(
                 loss = training_loss(working, inputs, targets, loss_fn)
                 for total, part in zip(products, _hessian_product(loss, chosen, gradients), strict=True):
                     total += part / batches
+            for name, product in zip(names, products, strict=True):
+                if not torch.isfinite(product).all():
+                    raise ModelError(
+                        f"the second derivatives of the loss by {name!r} are not finite on the calibration data; "
+                        "leave 'grasp' out of criteria"
+                    )
     return Sensitivity(
         weights={n: p.detach().cpu() for n, p in zip(names, chosen, strict=True)},
         gradients={n: g.cpu() for n, g in zip(names, gradients, strict=True)},

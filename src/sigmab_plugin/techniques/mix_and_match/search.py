@@ -30,7 +30,7 @@ from .config import MixAndMatchConfig
 from .masks import build_masks, load_masks, mask_sparsity, save_masks
 from .ranges import LayerRange, observe_ranges
 from .results import Run, SearchResult, choose, rank
-from .roles import find_layers
+from .roles import find_layers, matches, skipped_layers
 from .scores import Sensitivity, measure_sensitivity
 from .strategies import layer_sparsities
 from .tuning import finetune_masked
@@ -71,6 +71,13 @@ def analyse(
 ) -> tuple[tuple[LayerRange, ...], Sensitivity]:
     """Roles, sensitivities and ranges: what every strategy starts from. ``model`` is only read."""
     layers = find_layers(model, example_inputs, config)
+    skipped = [name for name in skipped_layers(model) if not matches(name, config.ignored_layers)]
+    if skipped:
+        logger.warning(
+            "mix_and_match: %s stay dense: only modules without children are pruned; remove_parametrizations makes a "
+            "parametrized one such",
+            ", ".join(name or "the model's own weights" for name in skipped),
+        )
     sensitivity = measure_sensitivity(
         model, layers, calibration_data, loss_fn=loss_fn, hessian="grasp" in config.criteria
     )
