@@ -12,9 +12,12 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from sigmab_plugin.errors import CalibrationError, ModelError
 from sigmab_plugin.techniques.mix_and_match import (
+    LayerWeight,
     MixAndMatchConfig,
     SearchResult,
+    Sensitivity,
     find_layers,
+    observe_ranges,
     search,
 )
 
@@ -134,3 +137,33 @@ def test_derivatives_that_are_not_finite_are_refused_by_name() -> None:
     assert run_search(Rooted(False), criteria=("snip",)).masks
     with pytest.raises(CalibrationError, match=r"gradient of the loss by 'first.weight'"):
         run_search(Rooted(True), criteria=("snip",))
+
+
+def test_limits_of_one_role_leave_those_of_the_others() -> None:
+    config = MixAndMatchConfig(role_limits={"feature": (0.0, 1.0)})
+    assert config.role_limits == {**MixAndMatchConfig().role_limits, "feature": (0.0, 1.0)}
+    assert MixAndMatchConfig.from_dict(config.to_dict()) == config
+    layers = [
+        LayerWeight(f"{role}.weight", role, role, 100) for role in ("embedding", "feature", "attention")
+    ]
+    weights = {layer.name: torch.linspace(1, 2, 100) * 10**place for place, layer in enumerate(layers)}
+    sensitivity = Sensitivity(weights, {}, {})
+    ranges = observe_ranges(
+        layers, sensitivity, config.replace(criteria=("magnitude",), sparsities=(0.3, 0.7))
+    )
+    assert [layer.maximum for layer in ranges] == [
+        0.0,
+        0.99,
+        0.1,
+    ]  # never all of a layer, whatever the role's limits
+
+
+def test_among_equal_weights_the_earlier_go() -> None:
+    """Dead units have importance 0 in many places; a global sparsity takes no more of them than it says."""
+    layers = [LayerWeight(f"{name}.weight", name, "feature", 100) for name in ("first", "second")]
+    weights = {layer.name: torch.cat([torch.zeros(60), torch.ones(40)]) for layer in layers}
+    config = MixAndMatchConfig(criteria=("magnitude",), sparsities=(0.2, 0.5, 0.50000001, 0.8))
+    first, second = observe_ranges(layers, Sensitivity(weights, {}, {}), config)
+    expected = {0.2: (0.4, 0.0), 0.5: (0.6, 0.4), 0.50000001: (0.6, 0.4), 0.8: (1.0, 0.6)}
+    assert first.observed == {f"magnitude@{sparsity}": share for sparsity, (share, _) in expected.items()}
+    assert second.observed == {f"magnitude@{sparsity}": share for sparsity, (_, share) in expected.items()}

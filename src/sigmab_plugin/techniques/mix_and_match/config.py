@@ -25,6 +25,13 @@ STRATEGIES = (
     "feature_heavy",
 )
 ROLES = ("normalization", "patch_embedding", "embedding", "attention", "router", "classifier", "feature")
+#: Least and largest sparsity by role, where ``role_limits`` says nothing else.
+ROLE_LIMITS = {
+    "normalization": (0.0, 0.0),
+    "embedding": (0.0, 0.0),
+    "router": (0.0, 0.0),
+    "patch_embedding": (0.15, 0.30),
+}
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,8 @@ class MixAndMatchConfig(TechniqueConfig):
         maximum=1.0,
     )
     role_limits: dict[str, tuple[float, ...]] = option(
-        {
-            "normalization": (0.0, 0.0),
-            "embedding": (0.0, 0.0),
-            "router": (0.0, 0.0),
-            "patch_embedding": (0.15, 0.30),
-        },
-        "least and largest sparsity of a role's layers",
+        ROLE_LIMITS,
+        "least and largest sparsity of a role's layers; roles that are not named keep theirs",
     )
     small_layer_parameters: int = option(10_000, "layers with fewer parameters are small", minimum=0)
     small_layer_sparsity: float = option(0.1, "largest sparsity of a small layer", minimum=0.0, maximum=1.0)
@@ -81,6 +83,10 @@ class MixAndMatchConfig(TechniqueConfig):
         minimum=0,
     )
     seed: int = option(0, "seed of every run's fine-tuning", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "role_limits", {**ROLE_LIMITS, **self.role_limits})
 
     def validate(self) -> None:
         for key, values, known in (

@@ -44,8 +44,9 @@ def observe_ranges(
 ) -> tuple[LayerRange, ...]:
     """Range of every layer: min and max of its sparsity over ``config.criteria`` x ``config.sparsities``.
 
-    In each run one threshold is set for all layers together. Normalisation takes no part in it. A layer
-    whose importance is 0 throughout (no gradient reached it) is left out of that criterion, with a warning.
+    In each run one threshold is set for all layers together; among weights of equal importance the earlier ones go.
+    Normalisation takes no part in it. A layer whose importance is 0 throughout (no gradient reached it) is left out of
+    that criterion, with a warning.
     """
     pruned = [layer for layer in layers if layer.role != "normalization"]
     observed: dict[str, dict[str, float]] = {layer.name: {} for layer in layers}
@@ -57,12 +58,14 @@ def observe_ranges(
         alive = {name: values for name, values in importance.items() if name not in dead}
         if not alive:
             continue
-        ordered = torch.cat(list(alive.values())).sort().values
+        order = torch.cat(list(alive.values())).argsort(stable=True)
+        sizes = torch.tensor([len(values) for values in alive.values()])
         for sparsity in config.sparsities:
-            count = int(sparsity * len(ordered))
-            threshold = ordered[count - 1] if count else ordered[0] - 1
-            for name, values in alive.items():
-                observed[name][f"{criterion}@{sparsity:g}"] = float((values <= threshold).double().mean())
+            dropped = order[: int(sparsity * len(order) + 1e-9)]
+            layer_of = torch.bucketize(dropped, sizes.cumsum(0), right=True)
+            shares = torch.bincount(layer_of, minlength=len(sizes)) / sizes.double()
+            for name, share in zip(alive, shares.tolist(), strict=True):
+                observed[name][f"{criterion}@{sparsity}"] = share
     return tuple(_limited(layer, observed[layer.name], config) for layer in layers)
 
 
@@ -70,16 +73,17 @@ def _limited(layer: LayerWeight, observed: dict[str, float], config: MixAndMatch
     """The role's limits win over the rule for small layers: Swin's patch embedding is small as well."""
     lower, upper = 0.0, config.maximum_sparsity
     if layer.role in config.role_limits:
-        lower, upper = config.role_limits[layer.role]
+        lower, largest = config.role_limits[layer.role]
+        upper = min(upper, largest)
     elif layer.parameters < config.small_layer_parameters:
         upper = min(upper, config.small_layer_sparsity)
-    least, largest = min(observed.values(), default=0.0), max(observed.values(), default=0.0)
+    least, most = min(observed.values(), default=0.0), max(observed.values(), default=0.0)
     return LayerRange(
         name=layer.name,
         module=layer.module,
         role=layer.role,
         parameters=layer.parameters,
         minimum=min(max(least, lower), upper),
-        maximum=min(max(largest, lower), upper),
+        maximum=min(max(most, lower), upper),
         observed=observed,
     )
