@@ -101,8 +101,12 @@ def parametrize_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modul
     """Hold ``masks`` in ``model`` itself (in place), for training loops that are not ours.
 
     A tied weight is masked wherever it is used. :func:`remove_masks` makes the zeros permanent.
+
+    Raises:
+        ModelError: a mask that fits no weight, or of a recurrent layer's; then no weight is masked.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    found: list[tuple[nn.Module, str, Mask]] = []
     for name, mask in masks.items():
         weight = parameters.get(name)
         if weight is None or weight.shape != mask.shape:
@@ -116,16 +120,31 @@ def parametrize_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modul
                 raise ModelError(
                     f"{alias} belongs to a recurrent layer, which reads its weights directly; use MaskKeeper"
                 )
-            parametrize.register_parametrization(owner, tensor, Mask(mask.to(weight.device)))
+            found.append((owner, tensor, Mask(mask.to(weight.device))))
+    for owner, tensor, held in found:
+        parametrize.register_parametrization(owner, tensor, held)
     return model
 
 
 def remove_masks(model: nn.Module) -> nn.Module:
-    """Undo :func:`parametrize_masks` (in place); weights stay masked."""
-    for module in list(model.modules()):
-        for tensor, chain in list(_chains(module)):
+    """Undo :func:`parametrize_masks` (in place); weights stay masked.
+
+    Raises:
+        ModelError: a masked weight has other parametrizations, which would go with the mask; then nothing is removed.
+    """
+    masked: list[tuple[nn.Module, str]] = []
+    for name, module in model.named_modules():
+        for tensor, chain in _chains(module):
+            others = [type(item).__name__ for item in chain if not isinstance(item, Mask)]
             if any(isinstance(item, Mask) for item in chain):
-                parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+                masked.append((module, tensor))
+                if others:
+                    raise ModelError(
+                        f"{tensor!r} of {name!r} is parametrized by {', '.join(others)} as well, which would be lost "
+                        "with the mask; use torch's remove_parametrizations for all of them"
+                    )
+    for module, tensor in masked:
+        parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
     return model
 
 
@@ -139,8 +158,12 @@ def save_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Non
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read :func:`save_masks`' file. Raises :class:`FormatError` where it is damaged."""
+    """Read :func:`save_masks`' file. Raises :class:`FormatError` where it is damaged or holds something else."""
     try:
-        return {name: mask.bool() for name, mask in load_file(Path(path)).items()}
+        stored = load_file(Path(path))
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} holds no masks: {error}") from error
+    for name, mask in stored.items():
+        if mask.dtype != torch.uint8 or bool((mask > 1).any()):
+            raise FormatError(f"{path} holds no masks: {name!r} is no byte of 0 or 1 per weight")
+    return {name: mask.bool() for name, mask in stored.items()}
