@@ -22,7 +22,7 @@ class Run:
         score: what weights were dropped by; ``"structured"`` where channels were removed.
         strategy: how sparsities were taken from the ranges.
         sparsity: share of the model's parameters that is gone.
-        validation: the caller's score on the validation split, after fine-tuning.
+        validation: the caller's score on the validation split, after fine-tuning; NaN where that diverged.
         same_as: another run with the same sparsities, whose result this is.
     """
 
@@ -132,9 +132,9 @@ def rank(runs: Sequence[Run]) -> tuple[Run, ...]:
 
 
 def choose(runs: Sequence[Run], dense: float, max_drop: float | None) -> Run:
-    """The best score, or the sparsest run within ``max_drop`` of ``dense`` where there is one."""
+    """The best score, or the sparsest run within ``max_drop`` of ``dense`` (to 1e-9) where there is one."""
     ranked = rank(runs)
     if max_drop is None:
         return ranked[0]
-    within = [run for run in ranked if run.validation >= dense - max_drop]
+    within = [run for run in ranked if run.validation >= dense - max_drop - 1e-9]
     return max(within, key=lambda run: run.sparsity) if within else ranked[0]

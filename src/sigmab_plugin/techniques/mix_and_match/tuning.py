@@ -11,13 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TrainingError
+from ...tuning.lone_sample import has_lone_sample, lone_sample_refused
 from ...tuning.seeding import preserve_random_state, seed_epoch
 from ..supervised import LossFunction, module_device, supervised_batches, training_loss
 from .config import MixAndMatchConfig
 from .masks import MaskKeeper
 
+
+class DivergenceError(TrainingError):
+    """Fine-tuning came to a loss or to weights that are not finite."""
+
+
 # Runs in several threads may share a loader's sampler and generator: one settles its order at a time.
 _SETTLING = threading.Lock()
+
+_REMEDY = "try a lower finetune_lr, and look for NaN in the training data"
 
 
 @preserve_random_state()
@@ -37,7 +45,8 @@ def finetune_masked(
 
     Raises:
         CalibrationError: no batch of training data.
-        TrainingError: every parameter is frozen.
+        DivergenceError: a loss or weights that are not finite.
+        TrainingError: every parameter is frozen, or BatchNorm gets a batch of one sample.
     """
     if not config.finetune_epochs:
         MaskKeeper(model, masks)
@@ -61,15 +70,26 @@ def finetune_masked(
         optimizer = torch.optim.AdamW(parameters, lr=config.finetune_lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.finetune_epochs)
     device = module_device(model)
+    lone_sample = has_lone_sample(train_data)
     with MaskKeeper(model, masks, optimizer):
         for epoch in range(config.finetune_epochs):
             model.train()
-            for inputs, targets in _batches(train_data, device, seed=config.seed, epoch=epoch):
-                loss = training_loss(model, inputs, targets, loss_fn)
+            batches = _batches(train_data, device, seed=config.seed, epoch=epoch)
+            for step, (inputs, targets) in enumerate(batches):
+                samples = len(targets) if isinstance(targets, Tensor) and targets.ndim else 0
+                with lone_sample_refused(model, samples, ahead=lone_sample and epoch == step == 0):
+                    loss = training_loss(model, inputs, targets, loss_fn)
+                if not torch.isfinite(loss):
+                    raise DivergenceError(
+                        f"the loss of fine-tuning is not finite at epoch {epoch + 1}, step {step + 1}; {_REMEDY}"
+                    )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
             schedule.step()
+    if not all(torch.isfinite(parameter).all() for parameter in parameters):
+        raise DivergenceError(f"the weights are not finite after fine-tuning; {_REMEDY}")
+    model.zero_grad(set_to_none=True)
     model.eval()
 
 
