@@ -114,6 +114,11 @@ def test_attention_keeps_the_width_that_its_forward_has_fixed() -> None:
     assert pruned(IMAGES).shape == (2, 4)
     assert pruned.blocks[0].attn.qkv.out_features == 48
     assert pruned.blocks[0].mlp[0].out_features == 32
+    named = TorchPruningConfig(
+        pruning_ratios={"blocks.0.attn.qkv": 0.3}
+    )  # asked for, and not a multiple of the heads
+    with pytest.raises(ModelError, match="does not run"):
+        technique.apply(model, named, Context(example_inputs=IMAGES))
 
 
 class Scaled(nn.Module):

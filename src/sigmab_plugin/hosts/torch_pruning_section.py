@@ -42,7 +42,8 @@ class TorchPruningConfig(TechniqueConfig):
     global_pruning: bool = option(False, "rank the channels of all layers together")
     round_to: int | None = option(None, "round widths to a multiple of it", minimum=1)
     ignored_layers: tuple[str, ...] = option(
-        (), "modules to leave alone; classifier and attention always are"
+        (),
+        "modules to leave alone; the classifier always is, and attention that pruning_ratios does not name",
     )
 
 
@@ -62,6 +63,7 @@ def apply(model: nn.Module, config: TorchPruningConfig, context: Context) -> nn.
     inputs = as_arguments(context.example_inputs)
     logits = logits_before(pruned, inputs, algorithm="torch_pruning")
     classes = class_count(logits)
+    ratios = {_module(pruned, name): ratio for name, ratio in config.pruning_ratios.items()}
     whole = whole_layers(pruned, find_layers(pruned, context.example_inputs), classes)
     flags = {name: parameter.requires_grad for name, parameter in pruned.named_parameters()}
     require_gradients(pruned)
@@ -77,12 +79,12 @@ def apply(model: nn.Module, config: TorchPruningConfig, context: Context) -> nn.
         inputs,
         getattr(tp.importance, IMPORTANCES[config.importance])(),
         pruning_ratio=config.pruning_ratio,
-        pruning_ratio_dict={_module(pruned, name): ratio for name, ratio in config.pruning_ratios.items()},
+        pruning_ratio_dict=ratios,
         global_pruning=config.global_pruning,
         round_to=config.round_to,
         ignored_layers=[
             *_classifiers(pruned, classes),
-            *whole,
+            *(module for module in whole if module not in ratios),
             *(_module(pruned, name) for name in config.ignored_layers),
         ],
         in_channel_groups={},

@@ -78,13 +78,13 @@ def find_layers(
     for pattern, role in config.roles.items():
         for name in _matching(modules, pattern, "roles"):
             roles[name] = role
-    known = {**modules, **skipped_layers(model)}
+    owners = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
     ignored = {
-        name for pattern in config.ignored_layers for name in _matching(known, pattern, "ignored_layers")
+        name for pattern in config.ignored_layers for name in _matching(owners, pattern, "ignored_layers")
     }
     found: list[LayerWeight] = []
     # A weight that an ignored layer shares stays dense in every layer.
-    seen = {id(parameter) for name in ignored for parameter in known[name].parameters()}
+    seen = {id(parameter) for name in ignored for parameter in owners[name].parameters()}
     for name, module in modules.items():
         if name in ignored:
             continue
@@ -96,7 +96,7 @@ def find_layers(
                     LayerWeight(f"{name}.{tensor}".lstrip("."), name, roles[name], parameter.numel())
                 )
     if all(layer.role == "normalization" for layer in found):
-        parametrized = any(parametrize.is_parametrized(module) for module in known.values())
+        parametrized = any(parametrize.is_parametrized(module) for module in model.modules())
         raise ModelError(
             f"{type(model).__name__} has no layer weights to prune"
             + (
