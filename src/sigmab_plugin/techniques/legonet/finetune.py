@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ...errors import ModelError
-from ...tuning.seeding import preserve_random_state, seed_epoch
+from ...errors import ModelError, TrainingError
+from ...tuning.batches import sample_count
+from ...tuning.lone_sample import has_lone_sample, lone_sample_refused
+from ...tuning.seeding import loader_left_as_found, preserve_random_state, seed_epoch
 from ..supervised import LossFunction, module_device, supervised_batches, training_loss
 from .bits import bits_per_index, pack_bits
 from .kmeans import assign
@@ -77,7 +80,8 @@ def finetune_codebook(
 ) -> PackedModel:
     """Train codebook and scales (Adam, cosine schedule by epoch); the file keeps its size.
 
-    Data order and dropout are functions of (the seed in ``packed.config``, epoch).
+    Data order and dropout are functions of (the seed in ``packed.config``, epoch). What is stored dense and asks
+    for no gradient keeps its values; a frozen weight that is packed follows the codebook like the others.
 
     Args:
         packed: from :func:`~sigmab_plugin.techniques.legonet.pack`.
@@ -95,11 +99,13 @@ def finetune_codebook(
     Raises:
         CalibrationError: no training data.
         ModelError: a packed weight belongs to a recurrent layer, which cannot be parametrized.
+        TrainingError: the loss or a weight became NaN or infinite, or BatchNorm got a batch of one sample.
     """
     place = torch.device(device) if device is not None else module_device(model)
     net = expand_into(packed, model).to(place)
     codebook = nn.Parameter(packed.codebook.to(place, copy=True))
-    net.requires_grad_(dense)
+    for parameter in net.parameters():
+        parameter.requires_grad_(dense and parameter.requires_grad)
     made = _parametrize(net, packed, codebook, assignments)
     if assignments:
         dense_weights = model.state_dict()
@@ -107,14 +113,15 @@ def finetune_codebook(
             latent.data.copy_(dense_weights[name])
     optimizer = torch.optim.Adam(_parameter_groups(net, _latents(net, packed), codebook, made, lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    for epoch in range(epochs):
-        seed_epoch(train_data, seed=packed.config.seed, epoch=epoch)
-        loss = _epoch(net, optimizer, train_data, loss_fn, codebook.device)
-        schedule.step()
-        changed = 0
-        if assignments and epoch + 1 <= epochs // 2:
-            changed = sum(made[name].reassign(latent) for name, latent in _latents(net, packed).items())
-        logger.info("legonet: epoch %d, loss %.4f, %d blocks reassigned", epoch + 1, loss, changed)
+    with loader_left_as_found(train_data):
+        for epoch in range(epochs):
+            seed_epoch(train_data, seed=packed.config.seed, epoch=epoch)
+            loss = _epoch(net, optimizer, train_data, loss_fn, codebook.device)
+            schedule.step()
+            changed = 0
+            if assignments and epoch + 1 <= epochs // 2:
+                changed = sum(made[name].reassign(latent) for name, latent in _latents(net, packed).items())
+            logger.info("legonet: epoch %d, loss %.4f, %d blocks reassigned", epoch + 1, loss, changed)
     return _repack(net, packed, codebook, made)
 
 
@@ -127,15 +134,29 @@ def _epoch(
 ) -> float:
     """One pass over the training data; returns the mean loss."""
     net.train()
-    losses = []
+    losses: list[float] = []
+    lone_sample = has_lone_sample(train_data)
     for inputs, targets in supervised_batches(train_data, device, name="train_data"):
-        with parametrize.cached():
+        ahead = lone_sample and not losses
+        samples = sample_count(inputs) if ahead else 0
+        with parametrize.cached(), lone_sample_refused(net, samples, ahead=ahead):
             loss = training_loss(net, inputs, targets, loss_fn)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise _not_finite(f"the loss became {losses[-1]}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
+    # The last step of all has no loss after it.
+    if not all(torch.isfinite(p).all() for group in optimizer.param_groups for p in group["params"]):
+        raise _not_finite("a step gave weights that are NaN or infinite")
     return sum(losses) / len(losses)
+
+
+def _not_finite(what: str) -> TrainingError:
+    return TrainingError(
+        f"legonet: {what}; check the inputs for NaN, lower finetune_lr, or fine-tune in float32 or bfloat16"
+    )
 
 
 def _parameter_groups(
