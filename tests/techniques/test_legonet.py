@@ -192,6 +192,14 @@ def test_ignored_layers_stay_dense_and_unknown_patterns_are_refused() -> None:
         pack(model, LegoNetConfig(ignored_layers=("layer9.*",)))
 
 
+@pytest.mark.parametrize("names", [("embedding",), ("head",), ("head.weight", "embedding")])
+def test_a_tied_weight_is_ignored_by_each_of_its_names(names: tuple[str, ...]) -> None:
+    packed = pack(Mixed(), LegoNetConfig(codebook_size=4, ignored_layers=names))
+    assert "embedding.weight" in packed.dense
+    assert packed.aliases == {"head.weight": "embedding.weight"}
+    assert "conv.weight" in packed.tensors
+
+
 def test_partial_read_touches_only_its_tensors(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": small_net(), "b": small_net()})
     packed = pack(model, LegoNetConfig(codebook_size=16))
@@ -259,6 +267,8 @@ def test_models_without_weights_or_shapes_are_refused() -> None:
         pack(nn.BatchNorm2d(3))
     with pytest.raises(ModelError, match="run the model once"):
         pack(nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(ModelError, match=r"'weight' is on the meta device"):
+        pack(nn.Linear(8, 8, device="meta"))
 
 
 def test_measure_counts_real_bytes(tmp_path: Path) -> None:

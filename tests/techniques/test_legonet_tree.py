@@ -11,7 +11,7 @@ from torch import nn
 
 from sigmab_plugin import SigmaBNet, SigmaBPruner
 from sigmab_plugin.counting import storage_bytes
-from sigmab_plugin.errors import ConfigError, ModelError
+from sigmab_plugin.errors import ConfigError, FormatError, ModelError
 from sigmab_plugin.hosts.torch_pruning_techniques import LegoNetPruner
 from sigmab_plugin.techniques.base import Context
 from sigmab_plugin.techniques.legonet import (
@@ -99,6 +99,14 @@ def test_only_the_paths_that_are_taken_are_expanded(tree: SigmaBNet, tmp_path: P
         assert torch.equal(lazy.net(every), whole(every))
     with pytest.raises(ModelError, match="none of the nodes"):
         LazyNodes(tmp_path / "tree", tree, nodes=["backbone"])
+
+
+def test_nodes_of_another_architecture_are_refused_on_first_use(tmp_path: Path) -> None:
+    save_packed(pack(SmallResNet(4), LegoNetConfig(codebook_size=16)), tmp_path / "net")
+    with LazyNodes(tmp_path / "net", SmallResNet(5)) as lazy:
+        lazy.acquire("layer1")
+        with pytest.raises(FormatError, match=r"(?s)does not fit 'fc' of this SmallResNet.*size mismatch"):
+            lazy.acquire("fc")
 
 
 def test_technique_on_a_tree_with_batchnorm_and_finetuning(tree: SigmaBNet) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import ModelError
+from ...errors import FormatError, ModelError
 from .storage import LazyPackedModel
 
 
@@ -57,11 +57,21 @@ class LazyNodes:
         ]
 
     def acquire(self, name: str) -> None:
-        """Read and expand node ``name`` unless it is resident, for example ahead of its use."""
+        """Read and expand node ``name`` unless it is resident, for example ahead of its use.
+
+        Raises:
+            FormatError: the file holds no such node, or one of another shape, or is damaged.
+        """
         if name in self._resident:
             return
         state = self._file.expand(name)
-        self.net.get_submodule(name).load_state_dict(state, assign=True)
+        try:
+            self.net.get_submodule(name).load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise FormatError(
+                f"{self._file.path} does not fit {name!r} of this {type(self.net).__name__}; build it with the "
+                f"options it was packed with. {error}"
+            ) from error
         self._resident[name] = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
     def release(self, name: str) -> None:

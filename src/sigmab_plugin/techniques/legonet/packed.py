@@ -100,7 +100,7 @@ def pack(model: nn.Module, config: LegoNetConfig | None = None) -> PackedModel:
     """
     config = config or LegoNetConfig()
     stored, aliases = _state(model)
-    names = _packable(model, stored, config)
+    names = _packable(model, stored, aliases, config)
     scales = {name: _root_mean_square(stored[name], config.scale) for name in names}
     blocks = torch.cat([scaled_blocks(stored[name], scales[name], config.block_size) for name in names])
     if config.codebook_size > len(blocks):
@@ -167,6 +167,10 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ModelError(f"state dict entry {name!r} is not a tensor; pack a submodule without it")
         if is_lazy(value):
             raise ModelError(f"parameter {name!r} has no shape yet; run the model once, then pack it")
+        if value.is_meta:
+            raise ModelError(
+                f"{name!r} is on the meta device, without values; load the weights, then pack them"
+            )
         if id(value) in first:
             aliases[name] = first[id(value)]
         else:
@@ -175,17 +179,26 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return stored, aliases
 
 
-def _packable(model: nn.Module, stored: Mapping[str, Tensor], config: LegoNetConfig) -> list[str]:
+def _packable(
+    model: nn.Module, stored: Mapping[str, Tensor], aliases: Mapping[str, str], config: LegoNetConfig
+) -> list[str]:
     parameters = {name for name, _ in model.named_parameters()}
     weights = (name for name in stored if name in parameters)
     names = [
         n for n in weights if stored[n].ndim >= 2 and stored[n].is_floating_point() and stored[n].numel()
     ]
+    known = {**{name: name for name in names}, **aliases}
+    ignored: set[str] = set()
     for pattern in config.ignored_layers:
-        matched = {name for name in names for part in _prefixes(name) if fnmatch.fnmatchcase(part, pattern)}
+        matched = {
+            name
+            for spelled, name in known.items()
+            if name in names and any(fnmatch.fnmatchcase(part, pattern) for part in _prefixes(spelled))
+        }
         if not matched:
             raise ConfigError(f"legonet: ignored_layers: {pattern!r} matches no weight of the model")
-        names = [name for name in names if name not in matched]
+        ignored |= matched
+    names = [name for name in names if name not in ignored]
     if not names:
         raise ModelError(f"{type(model).__name__} has no weight tensor of two dimensions or more to pack")
     return names
