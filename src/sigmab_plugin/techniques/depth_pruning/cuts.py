@@ -1,7 +1,8 @@
 """Where a network can be cut: the single frontiers of its torch.fx graph.
 
 A *single frontier* is a value through which everything after it is computed: no other activation, and no
-input, crosses it. On a residual network these are the block boundaries, never the inside of a block.
+input, crosses it; sizes, such as the number of samples, may. On a residual network these are the block boundaries,
+never the inside of a block.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ _TRAILING_FUNCTIONS = frozenset(
         "batch_norm",
     }
 )
+#: Reading these of a tensor reads none of its values.
+_SIZE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
+_SIZE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement"})
 _PADDING_MODULES = tuple(
     getattr(nn, f"{kind}Pad2d") for kind in ("Zero", "Constant", "Reflection", "Replication", "Circular")
 )
@@ -176,11 +180,12 @@ def enumerate_cuts(
 def _cut_points(traced: fx.GraphModule, nodes: list[fx.Node]) -> list[CutPoint]:
     position = {node: index for index, node in enumerate(nodes)}
     end = len(nodes)
-    used = _used(traced.graph)
+    constant = _constant(traced.graph)
+    used = _used(traced.graph) - constant
     last_use = {
-        node: max(position.get(user, end) for user in node.users if user in used)
+        node: max((position.get(user, end) for user in node.users if user in used), default=-1)
         for node in nodes
-        if node in used and node.op != "get_attr"
+        if node in used
     }
     last_in_module: dict[str, int] = {}
     for node in nodes:
@@ -194,13 +199,31 @@ def _cut_points(traced: fx.GraphModule, nodes: list[fx.Node]) -> list[CutPoint]:
             live.add(node)
         live = {other for other in live if last_use[other] > index}
         shape = _map_shape(node)
-        if live != {node} or shape is None or node.op == "placeholder" or _is_inside_layer(traced, node):
+        if live != {node} or shape is None or node.op == "placeholder":
+            continue
+        if _is_inside_layer(traced, node, [user for user in node.users if user not in constant]):
             continue
         ending = [name for name in _enclosing(node) if last_in_module[name] == index]
         name = ending[0] if ending else node.name
         is_block = any(not (node.op == "call_module" and node.target == inner) for inner in ending)
         cuts.append(CutPoint(name, tuple(ending[1:]), index, shape, is_block))
     return cuts
+
+
+def _constant(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that no activation goes into: parameters, sizes, and what is computed from these alone."""
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op != "placeholder" and (_reads_size(node) or all(source in constant for source in inputs)):
+            constant.add(node)
+    return constant
+
+
+def _reads_size(node: fx.Node) -> bool:
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in _SIZE_ATTRIBUTES
+    return node.op == "call_method" and node.target in _SIZE_METHODS
 
 
 def _used(graph: fx.Graph) -> set[fx.Node]:
@@ -224,11 +247,10 @@ def _map_shape(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(meta.shape)
 
 
-def _is_inside_layer(traced: fx.GraphModule, node: fx.Node) -> bool:
+def _is_inside_layer(traced: fx.GraphModule, node: fx.Node, readers: list[fx.Node]) -> bool:
     """A padding, or a value whose only reader normalises or activates it: the layer is not over yet."""
     if node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), _PADDING_MODULES):
         return True
-    readers = list(node.users)
     if len(readers) != 1:
         return False
     reader = readers[0]
@@ -265,7 +287,8 @@ def kept_part(model: nn.Module, traced: TracedModel, cut: CutPoint) -> fx.GraphM
 def _coarse_node(graph: fx.Graph, fine: list[fx.Node], position: int) -> fx.Node:
     """The node of the coarse ``graph`` whose run of ``fine`` nodes ends at ``position``.
 
-    Both graphs list the same execution; a module that was kept whole covers the run of its call.
+    Both graphs list the same execution; a module that was kept whole covers the run of its call. Only what takes its
+    output apart, where it returns several values, has no node in the fine graph.
     """
     index = 0
     for node in graph.nodes:
@@ -273,7 +296,7 @@ def _coarse_node(graph: fx.Graph, fine: list[fx.Node], position: int) -> fx.Node
             call = next((call for call in fine[index].meta[_CALLS] if call[0] == node.target), None)
             while call is not None and index < len(fine) and call in fine[index].meta[_CALLS]:
                 index += 1
-        else:
+        elif index < len(fine) and (node.op, node.target) == (fine[index].op, fine[index].target):
             index += 1
         if index - 1 == position:
             return node
