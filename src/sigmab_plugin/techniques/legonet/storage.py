@@ -15,12 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...errors import ConfigError, FormatError
+from ..checksum import crc32
 from .config import LegoNetConfig
 from .packed import PackedModel, PackedTensor, expand_into
 
@@ -43,7 +43,7 @@ def save_packed(packed: PackedModel, path: str | os.PathLike[str]) -> int:
             "config": packed.config.to_dict(),
             "tensors": {name: [entry.dtype, *entry.shape] for name, entry in packed.tensors.items()},
             "aliases": dict(packed.aliases),
-            "crc32": {key: _crc(tensor) for key, tensor in tensors.items()},
+            "crc32": {key: crc32(tensor) for key, tensor in tensors.items()},
         },
         separators=(",", ":"),
     )
@@ -162,7 +162,7 @@ class LazyPackedModel:
             tensor: Tensor = self._handle.get_tensor(key)
         except SafetensorError as error:
             raise FormatError(f"{self.path}: tensor {key!r} cannot be read: {error}") from error
-        if _crc(tensor) != self._crc.get(key):
+        if crc32(tensor) != self._crc.get(key):
             raise FormatError(f"{self.path}: tensor {key!r} does not match its checksum; copy the file again")
         return tensor
 
@@ -180,8 +180,3 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "install a newer sigmab-plugin"
         )
     return header
-
-
-def _crc(tensor: Tensor) -> int:
-    data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    return zlib.crc32(data)
