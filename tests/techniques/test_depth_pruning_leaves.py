@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,38 @@ def test_without_freezing_the_whole_tree_trains() -> None:
     net = tree()
     short = technique.apply(net, config, Context(example_inputs=CLIPS[:1], train_data=[(CLIPS, TARGETS)]))
     assert not torch.equal(short.backbone.stem.conv.weight, net.backbone.stem.conv.weight)
+
+
+def test_the_options_hold_on_a_tree_or_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    net, config = tree(), DepthPruningConfig(epochs=(1,), learning_rates=(0.02,), head_widths=(6,))
+    inputs = CLIPS[:1]
+    with caplog.at_level(logging.INFO, "sigmab_plugin"):
+        first, other = (
+            technique.apply(net, config.replace(seed=seed), Context(example_inputs=inputs)) for seed in (0, 7)
+        )
+    assert "no train_data" in caplog.text
+    assert not torch.equal(first.heads["0_0"].fc.weight, other.heads["0_0"].fc.weight)
+    for changes in ({"num_classes": 9}, {"cache_features": True}):
+        with pytest.raises(ConfigError, match=f"{next(iter(changes))} has no meaning on a SigmaB net"):
+            technique.apply(net, config.replace(**changes), Context(example_inputs=inputs))
+
+
+def test_heads_train_with_the_loss_that_is_given() -> None:
+    """In soft routing, where every leaf learns from every sample."""
+    net, seen = tree(), []
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(logits.shape))
+        return nn.functional.cross_entropy(logits, targets)
+
+    config = DepthPruningConfig(epochs=(2,), learning_rates=(0.02,), head_widths=(6,))
+    context = Context(example_inputs=CLIPS[:1], train_data=[(CLIPS, TARGETS)], loss_fn=loss)
+    short = technique.apply(net, config, context)
+    assert seen == [(64, 3)] * 2
+    assert short.routing == "auto"
+    untrained = prune_leaves(net, CLIPS[:1], head_widths=(6,))
+    for key, head in short.heads.items():
+        assert not torch.equal(head.fc.weight, untrained.heads[key].fc.weight), key
 
 
 @pytest.mark.parametrize("cut", ["", "block3"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from sigmab_plugin.errors import CalibrationError, ConfigError, FormatError
 from sigmab_plugin.models.ds_cnn import DSCNN
@@ -16,6 +19,7 @@ from sigmab_plugin.techniques.base import Context
 from sigmab_plugin.techniques.depth_pruning import (
     DepthPrunedNet,
     DepthPruningConfig,
+    SweepResult,
     SweepRow,
     apply,
     depth_prune,
@@ -191,6 +195,45 @@ def test_a_resumed_sweep_equals_an_uninterrupted_one(dense: nn.Module, tmp_path:
     assert both.rows[2].score == first.rows[1].score
 
 
+def test_a_resumed_sweep_equals_an_uninterrupted_one_whatever_shuffles_the_loader(
+    dense: nn.Module, tmp_path: Path
+) -> None:
+    values, targets = clips(96, 1)
+    config = QUICK.replace(epochs=(2,), learning_rates=(1e-2,))
+    loader = DataLoader(TensorDataset(values, targets), 32, shuffle=True)
+
+    def run(name: str, *cuts: str) -> None:
+        sweep(
+            dense,
+            example(),
+            train_data=loader,
+            validate=accuracy,
+            config=config,
+            cuts=cuts,
+            directory=tmp_path / name,
+        )
+
+    run("whole", "stem", "block1")
+    run("parts", "stem")
+    run("parts", "stem", "block1")
+    first, second = (load_file(tmp_path / name / "block1.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_score_that_is_nan(dense: nn.Module, tmp_path: Path) -> None:
+    arguments = {"train_data": batches(count=32), "cuts": ["stem", "block1"], "directory": tmp_path}
+    config = QUICK.replace(epochs=(1,), learning_rates=(1e-2,))
+    with pytest.raises(CalibrationError, match="validate gave NaN for the network as it was given"):
+        sweep(dense, example(), validate=lambda _net: math.nan, config=config, **arguments)
+    assert not list(tmp_path.iterdir())
+    scores = iter((0.5, math.nan, 0.5))
+    result = sweep(dense, example(), validate=lambda _net: next(scores), config=config, **arguments)
+    assert math.isnan(result.rows[1].score)
+    assert "stem" not in [item.cut for item in result.pareto()]
+    assert min(result.rows, key=lambda item: item.parameters).cut == "stem"
+    assert result.smallest(max_drop=1.0).cut != "stem"
+
+
 def test_results_of_another_model_or_format_are_refused(dense: nn.Module, tmp_path: Path) -> None:
     arguments = {"train_data": batches(), "validate": accuracy, "directory": tmp_path, "cuts": ["stem"]}
     sweep(dense, example(), config=QUICK, **arguments)
@@ -210,6 +253,12 @@ def test_results_of_another_model_or_format_are_refused(dense: nn.Module, tmp_pa
 
 def row(cut: str, parameters: int, macs: int, latency: float, score: float) -> SweepRow:
     return SweepRow(cut, parameters, 0, macs, 4 * parameters, latency, score, 0.0)
+
+
+def test_a_row_that_loses_exactly_max_drop_is_good_enough() -> None:
+    result = SweepResult((row("", 9, 9, 9.0, 0.52), row("a", 5, 5, 5.0, 0.47), row("b", 4, 4, 4.0, 0.46)))
+    assert 0.47 < 0.52 - 0.05
+    assert result.smallest(max_drop=0.05).cut == "a"
 
 
 def test_pareto_set_by_hand() -> None:

@@ -61,10 +61,10 @@ def apply(model: nn.Module, config: DepthPruningConfig, context: Context) -> nn.
     every cut is tried and the smallest network within ``config.max_drop`` of the model's score is
     returned: that needs ``train_data`` and ``validate``. ``context.options["folder"]`` makes
     the sweep resumable. ``config.freeze`` holds while the head trains; the result trains whole again, so
-    that what follows in a list can fine-tune it.
+    that what follows in a list can fine-tune it, but for what was frozen in ``model``.
 
     Raises:
-        ConfigError: no example inputs, no such cut, or no cut at all for a SigmaB net.
+        ConfigError: no example inputs, no such cut, or an option that has no meaning for a SigmaB net.
         CalibrationError: a sweep without training data or validation.
     """
     if context.example_inputs is None:
@@ -72,9 +72,19 @@ def apply(model: nn.Module, config: DepthPruningConfig, context: Context) -> nn.
             "depth_pruning: example_inputs is missing; give one batch, the graph is traced with it"
         )
     if is_tree(model):
-        pruned = prune_leaves(model, context.example_inputs, cut=config.cut, head_widths=config.head_widths)
-        if context.train_data is not None:
-            train_leaf_heads(pruned, context.train_data, config)
+        if config.num_classes is not None or config.cache_features:
+            name = "num_classes" if config.num_classes is not None else "cache_features"
+            raise ConfigError(
+                f"depth_pruning: {name} has no meaning on a SigmaB net: its leaves keep their classes, and each reads "
+                "a frontier of its own; leave the option out"
+            )
+        pruned = prune_leaves(
+            model, context.example_inputs, cut=config.cut, head_widths=config.head_widths, seed=config.seed
+        )
+        if context.train_data is None:
+            logger.info("depth_pruning: no train_data, the leaves' auxiliary heads keep their random weights")
+        else:
+            train_leaf_heads(pruned, context.train_data, config, loss_fn=context.loss_fn)
         return pruned
     if config.cut:
         net = build(model, context.example_inputs, config)

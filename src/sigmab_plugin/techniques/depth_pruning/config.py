@@ -35,7 +35,7 @@ class DepthPruningConfig(TechniqueConfig):
     epochs: tuple[int, ...] = option((20, 10, 20), "epochs of each training stage")
     learning_rates: tuple[float, ...] = option((1e-3, 5e-4, 2.5e-4), "Adam's learning rate in each stage")
     latency_repeats: int = option(30, "timed runs per network in a sweep; the median counts", minimum=1)
-    seed: int = option(0, "seed of the head's weights and of the order of cached features", minimum=0)
+    seed: int = option(0, "seed of the head's weights, of the order of the data and of dropout", minimum=0)
 
     def validate(self) -> None:
         if any(width < 1 for width in self.head_widths):

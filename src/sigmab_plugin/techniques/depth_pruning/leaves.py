@@ -13,10 +13,11 @@ from torch import nn
 from ...counting import as_arguments
 from ...errors import ModelError
 from ...tree.plan import ShortenedLeaves, module_key, prefixes
+from ..supervised import training_loss
 from .config import DepthPruningConfig
 from .cuts import kept_part, trace
-from .network import AuxiliaryHead
-from .training import run_stages
+from .network import AuxiliaryHead, class_count
+from .training import Loss, run_stages
 
 
 def is_tree(model: nn.Module) -> bool:
@@ -41,7 +42,8 @@ def prune_leaves(
             them, and the heads read what the level above gives.
 
     Raises:
-        ModelError: the frontiers are not 2-D feature maps, or the leaves are shortened already.
+        ModelError: the frontiers are not 2-D feature maps, the net gives no logits (B, C), or the leaves are
+            shortened already.
         ConfigError: no such cut (the message lists those there are).
     """
     if net.plan.shortened is not None:
@@ -52,7 +54,7 @@ def prune_leaves(
     arguments = as_arguments(example_inputs)
     frontiers: dict[str, tuple[int, ...]] = {}
     with torch.no_grad():
-        classes = pruned(*arguments).shape[-1]
+        classes = class_count(pruned(*arguments).shape)
         backbone = pruned.backbone(*arguments)
         for leaf in pruned.leaves:
             frontier = backbone
@@ -74,7 +76,7 @@ def shorten(net: Any, shortened: ShortenedLeaves, *, seed: int = 0) -> None:
         ModelError: a specializer does not give a 2-D feature map.
         ConfigError: no such cut.
     """
-    reference = next(net.parameters())
+    reference = next(parameter for parameter in net.parameters() if parameter.is_floating_point())
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for leaf, shape in shortened.frontiers.items():
@@ -92,11 +94,15 @@ def shorten(net: Any, shortened: ShortenedLeaves, *, seed: int = 0) -> None:
             net.heads[key] = head.to(device=frontier.device, dtype=frontier.dtype).eval()
 
 
-def train_leaf_heads(net: Any, train_data: Iterable[Any], config: DepthPruningConfig) -> list[float]:
-    """Train the auxiliary heads with the tree's own loss (eq. 8); in place, eval mode afterwards.
+def train_leaf_heads(
+    net: Any, train_data: Iterable[Any], config: DepthPruningConfig, *, loss_fn: Loss | None = None
+) -> list[float]:
+    """Train the auxiliary heads in place; eval mode afterwards.
 
-    With ``config.freeze`` everything else stays, routers included. Returns the mean loss of every epoch.
+    With ``config.freeze`` everything else stays, routers included. ``loss_fn(logits, targets)`` is given the logits
+    of soft routing; without it the loss is the tree's own (eq. 8). Returns the mean loss of every epoch.
     """
+    routing, net.routing = net.routing, "soft"
     flags = {parameter: parameter.requires_grad for parameter in net.parameters()}
     if config.freeze:
         net.requires_grad_(False)
@@ -109,12 +115,12 @@ def train_leaf_heads(net: Any, train_data: Iterable[Any], config: DepthPruningCo
             net.heads.train()
 
     def loss(inputs: tuple[Any, ...], targets: Any) -> torch.Tensor:
-        value: torch.Tensor = net.loss(inputs if len(inputs) > 1 else inputs[0], targets)
-        return value
+        return training_loss(net, inputs if len(inputs) > 1 else inputs[0], targets, loss_fn)
 
     try:
         return run_stages(net, train_data, config, loss=loss, training_mode=training_mode)
     finally:
+        net.routing = routing
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
 

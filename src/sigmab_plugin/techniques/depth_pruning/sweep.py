@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from ...counting import as_arguments, macs, parameter_count, storage_bytes
-from ...errors import ConfigError, FormatError
+from ...errors import CalibrationError, ConfigError, FormatError
 from .config import DepthPruningConfig
 from .cuts import TracedModel, trace
 from .network import DepthPrunedNet, depth_prune, load_depth_pruned, save_depth_pruned
@@ -72,7 +73,8 @@ class SweepResult:
 
     def smallest(self, *, max_drop: float) -> SweepRow:
         """The row with the fewest parameters whose score is at most ``max_drop`` below the dense one."""
-        good = [row for row in self.rows if row.score >= self.dense.score - max_drop]
+        # The tolerance is for rounding: 0.99 - 0.01 is more than 0.98.
+        good = [row for row in self.rows if row.score >= self.dense.score - max_drop - 1e-9]
         return min(good, key=lambda row: (row.parameters, row.macs))
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +82,7 @@ class SweepResult:
 
 
 def pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
-    """The rows that are not dominated; of equal rows the first stays."""
+    """The rows that are not dominated; of equal rows the first stays, and none whose score is NaN."""
 
     def costs(row: SweepRow) -> tuple[float, ...]:
         return row.parameters, row.macs, row.latency_ms, -row.score
@@ -93,7 +95,7 @@ def pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
                 return True
         return False
 
-    return tuple(row for index, row in enumerate(rows) if not dominated(index))
+    return tuple(row for index, row in enumerate(rows) if not math.isnan(row.score) and not dominated(index))
 
 
 def measure_latency(model: nn.Module, inputs: Any, *, repeats: int = 30, warmup: int = 5) -> float:
@@ -167,6 +169,7 @@ def sweep(
         loss_fn: ``loss_fn(logits, targets)``; cross-entropy where absent.
 
     Raises:
+        CalibrationError: ``validate`` gives NaN for ``model``, so that no cut can be compared with it.
         ConfigError: a cut does not exist, or the granularity leaves none.
         FormatError: ``directory`` holds the sweep of another model or configuration.
     """
@@ -186,6 +189,10 @@ def sweep(
                 train(net, train_data, config, loss_fn=loss_fn)
                 seconds = time.perf_counter() - start
             row = _measure(name, net, sample, validate, config, seconds)
+            if name == DENSE and math.isnan(row.score):
+                raise CalibrationError(
+                    "depth_pruning: validate gave NaN for the network as it was given; check its data and its weights"
+                )
             logger.info("depth pruning: %s", row)
             if store is not None:
                 store.add(row, net)
