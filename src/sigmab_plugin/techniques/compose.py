@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 #: What changes the layers themselves.
 RESTRUCTURING = ("depth_pruning", "torch_pruning", "filter_pruning", "sigmab")
+#: NNCF's own that set single weights to zero.
+SPARSIFYING = ("magnitude_sparsity", "rb_sparsity", "movement_sparsity")
 #: What fixes the numbers of finished layers.
 QUANTIZING = ("quantization", "weight_compression")
 
@@ -59,10 +61,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("mix_and_match",),
-        ("mix_and_match",),
+        ("mix_and_match", *SPARSIFYING),
         "one set of masks replaces the other; choose one section",
         True,
     ),
+    Rule(SPARSIFYING, ("mix_and_match",), "one set of masks replaces the other; choose one section", True),
     Rule(
         ("legonet",), ("legonet",), "the blocks are already centroids of a codebook; choose one section", True
     ),
@@ -74,7 +77,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("rb_sparsity", "movement_sparsity"),
-        (*RESTRUCTURING, "mix_and_match", "legonet"),
+        RESTRUCTURING,
         "the one before finds its masks during training and would have none yet",
     ),
     Rule(
@@ -102,12 +105,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("legonet",),
-        ("mix_and_match",),
+        ("mix_and_match", *SPARSIFYING),
         "a weight that is set to zero no longer belongs to its block's centroid; choose one of the two",
         exclusive=True,
     ),
     Rule(
-        ("mix_and_match", "magnitude_sparsity", "rb_sparsity"),
+        ("mix_and_match", *SPARSIFYING),
         ("legonet",),
         "centroids are means of blocks, which do not keep single zeros; choose one of the two",
         exclusive=True,
@@ -125,7 +128,7 @@ _STAGE = {
     **dict.fromkeys(("depth_pruning",), 0),
     **dict.fromkeys(("torch_pruning", "filter_pruning"), 1),
     **dict.fromkeys(("sigmab",), 2),
-    **dict.fromkeys(("mix_and_match", "magnitude_sparsity", "rb_sparsity", "movement_sparsity"), 4),
+    **dict.fromkeys(("mix_and_match", *SPARSIFYING), 4),
     **dict.fromkeys(("legonet",), 5),
     **dict.fromkeys(("knowledge_distillation",), 6),
     **dict.fromkeys(QUANTIZING, 7),
