@@ -335,6 +335,13 @@ def test_batchnorm_reestimation_helps_and_is_stored(tmp_path: Path) -> None:
     assert same_state(load_packed(tmp_path / "net", model), restored)
 
 
+def test_without_batchnorm_there_is_nothing_to_reestimate(caplog: pytest.LogCaptureFixture) -> None:
+    config = LegoNetConfig(codebook_size=4, reestimate_batchnorm=True)
+    with caplog.at_level("INFO"):
+        technique.apply(nn.Linear(16, 16), config, Context(calibration_data=[torch.zeros(4, 16)]))
+    assert "finds no BatchNorm in Linear" in caplog.text
+
+
 def test_codebook_gradient_is_the_scattered_weight_gradient() -> None:
     from torch.nn.utils import parametrize
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import CalibrationError
 from ...tuning.batchnorm import reestimate_batchnorm
@@ -76,8 +77,11 @@ def compress(
         if context.calibration_data is None:
             raise CalibrationError("legonet: reestimate_batchnorm needs calibration_data")
         net = expand_into(packed, model)
-        reestimate_batchnorm(net, context.calibration_data, example_inputs=context.example_inputs)
-        packed = packed.with_dense(net)
+        if any(isinstance(module, _BatchNorm) for module in net.modules()):
+            reestimate_batchnorm(net, context.calibration_data, example_inputs=context.example_inputs)
+            packed = packed.with_dense(net)
+        else:
+            logger.info("legonet: reestimate_batchnorm finds no BatchNorm in %s", type(model).__name__)
     return packed
 
 
