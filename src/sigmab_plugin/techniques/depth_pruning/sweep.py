@@ -26,7 +26,7 @@ from .training import Loss, train
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "sigmab_plugin.depth_pruning.sweep", 1
+FORMAT, VERSION = "sigmab_plugin.depth_pruning.sweep", 2
 
 #: The row of the network as it was given.
 DENSE = ""
