@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sigmab_plugin.errors import FormatError, ModelError
+from sigmab_plugin.hosts.nncf_folder import write as write_folder
 from sigmab_plugin.hosts.torch_pruning_section import technique as torch_pruning
 from sigmab_plugin.models.ds_cnn import DSCNN
 from sigmab_plugin.models.resnet import cifar_resnet18
@@ -67,13 +68,20 @@ def test_one_flipped_bit_anywhere_is_refused(path: Path) -> None:
             load_depth_pruned(damaged, model, CLIPS)
 
 
-def test_a_network_whose_channels_were_pruned_after_the_cut_is_not_saved(tmp_path: Path) -> None:
+def test_a_network_whose_channels_were_pruned_after_the_cut_is_not_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     section = torch_pruning.config.from_dict({"algorithm": "torch_pruning", "pruning_ratio": 0.5})
     context = Context(example_inputs=CLIPS)
     net = torch_pruning.apply(depth_prune(dense(), CLIPS, cut="block2"), section, context)
     with pytest.raises(ModelError, match="Prune channels of the dense network before the cut"):
         save_depth_pruned(net, tmp_path / "net")
     assert not list(tmp_path.iterdir())
+    # A command that has run all sections by then keeps the weights.
+    (written,) = write_folder(net, tmp_path / "run", plain=True)
+    assert "What is written are the weights alone" in caplog.text
+    assert "else load them into what the same sections make of it" in written.read_by
+    assert set(load_file(written.path)) == set(net.state_dict())
     narrow = torch_pruning.apply(dense(), section, context)
     net = depth_prune(narrow, CLIPS, cut="block2")
     save_depth_pruned(net, tmp_path / "net")

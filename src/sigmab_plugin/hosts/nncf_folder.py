@@ -23,6 +23,10 @@ PLAN, WEIGHTS = "plan.json", "model.safetensors"
 FUNCTIONS_STATE, CONFIG_STATE = "nncf.json", "compression_state.json"
 #: LegoNet's indices and codebook; Mix-and-Match's table of runs.
 PACKED, RUNS = "legonet.safetensors", "mix_and_match.json"
+#: Where layers or channels were removed, plain weights do not say which.
+_IF_WHOLE = (
+    ", if no section removed layers or channels; else load them into what the same sections make of it"
+)
 #: Beside the weights; where another network is saved, what it does not write itself is stale.
 PARTS = (PLAN, FUNCTIONS_STATE, CONFIG_STATE, PACKED, RUNS)
 
@@ -87,13 +91,17 @@ def _write_plain(network: nn.Module, directory: Path) -> str:
         save(network, directory)
         return "sigmab_plugin.load(folder, dense)"
     if isinstance(network, DepthPrunedNet):
-        save_depth_pruned(network, directory / WEIGHTS)
-        return (
-            "sigmab_plugin.techniques.depth_pruning.load_depth_pruned(file, dense, example_inputs); "
-            f"cut after {network.cut}"
-        )
+        try:
+            save_depth_pruned(network, directory / WEIGHTS)
+        except ModelError as error:  # found once all sections have run, so the weights are kept all the same
+            _log.warning("%s. What is written are the weights alone.", error)
+        else:
+            return (
+                "sigmab_plugin.techniques.depth_pruning.load_depth_pruned(file, dense, example_inputs); "
+                f"cut after {network.cut}"
+            )
     _write_weights(network, directory)
-    return "dense.load_state_dict(safetensors.torch.load_file(file))"
+    return f"dense.load_state_dict(safetensors.torch.load_file(file)){_IF_WHOLE}"
 
 
 def _write_config_state(network: nn.Module, directory: Path, controller: Any) -> str:
@@ -211,4 +219,4 @@ def reader_of(directory: Path) -> str:
             "a network of LegoNet blocks: sigmab_plugin.techniques.legonet.load_packed"
             f"('{directory / PACKED}', dense) reads it"
         )
-    return f"weights of the dense model: dense.load_state_dict(load_file('{directory / WEIGHTS}')) reads them"
+    return f"plain weights: dense.load_state_dict(load_file('{directory / WEIGHTS}')) reads them{_IF_WHOLE}"
