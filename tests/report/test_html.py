@@ -87,6 +87,15 @@ def test_page_shows_every_figure_beside_its_twin() -> None:
     assert "3.00 times as many parameters" in text
 
 
+def test_of_several_trees_the_one_that_is_meant_is_named() -> None:
+    rows = report().rows
+    tree = next(row for row in rows if row.role == "sigmab")
+    text = Page(render(ReportData("t", rows=(*rows, replace(tree, name="deeper <tree>"))))).text
+    assert f"Accuracy of {tree.name}" in text
+    assert f"{tree.name} (96.94" in text
+    assert "The tree (" not in text
+
+
 def test_page_without_twin_says_so() -> None:
     data = report()
     rows = tuple(row for row in data.rows if row.role != "twin")

@@ -138,7 +138,8 @@ def _headline(rows: Sequence[Row]) -> str:
     for other, name in ((dense, "dense"), (twin, "static twin")):
         if other is not None and tree_row.accuracy is not None and other.accuracy is not None:
             gains.append(f"{fmt.points(tree_row.accuracy - other.accuracy)} against {name}")
-    cards = [_stat("Accuracy", fmt.percent(tree_row.accuracy), *(gains or ["not measured"]))]
+    label = escape(f"Accuracy of {tree_row.name}") if _several_trees(rows) else "Accuracy"
+    cards = [_stat(label, fmt.percent(tree_row.accuracy), *(gains or ["not measured"]))]
     for label, part, whole in (
         ("Active parameters", tree_row.active_parameters, dense.active_parameters),
         ("MACs per sample", tree_row.active_macs, dense.active_macs),
@@ -159,6 +160,10 @@ def _stat(label: str, value: str, *more: str) -> str:
         *(tag("div", escape(line), cls="more") for line in more),
         cls="card stat",
     )
+
+
+def _several_trees(rows: Sequence[Row]) -> bool:
+    return sum(row.role == "sigmab" for row in rows) > 1
 
 
 def _row(rows: Sequence[Row], role: str) -> Row | None:
@@ -203,8 +208,9 @@ def _verdict(rows: Sequence[Row]) -> str:
     gain = tree_row.accuracy - twin.accuracy
     where = "level with" if not gain else f"{abs(100 * gain):.2f} pp {'above' if gain > 0 else 'below'}"
     times = ratio(tree_row.stored_parameters, twin.stored_parameters) or 0.0
+    subject = tree_row.name if _several_trees(rows) else "The tree"
     return (
-        f"The tree ({accuracy(tree_row)}) is {where} its static twin ({accuracy(twin)}) and stores {times:.2f} "
+        f"{subject} ({accuracy(tree_row)}) is {where} its static twin ({accuracy(twin)}) and stores {times:.2f} "
         "times as many parameters."
     )
 
