@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import FormatError
 from ..manifest import Manifest, Node
 from .base import Array
+from .torch_program import check_program
 
 
 class _Bound:
@@ -46,6 +47,7 @@ class Torch:
 
     def program(self, node: Node, data: bytes) -> Any:
         try:
+            check_program(data)
             return torch.export.load(io.BytesIO(data)).module()
         except Exception as error:  # torch.export raises many kinds; all of them mean the same to the caller
             raise FormatError(
