@@ -156,8 +156,44 @@ def test_existing_directories_are_respected(bundle: Path, tmp_path: Path) -> Non
     with pytest.raises(FormatError, match="not a bundle"), atomic_directory(foreign, overwrite=True):
         pass
     assert (foreign / "letter.txt").read_text() == "keep me"
+    (foreign / "manifest.json").write_text('{"name": "a web site", "icons": []}')
+    with pytest.raises(FormatError, match="not a bundle"), atomic_directory(foreign, overwrite=True):
+        pass
+    assert (foreign / "letter.txt").read_text() == "keep me"
     with pytest.raises(FormatError, match="overwrite"), atomic_directory(bundle, overwrite=False):
         pass
+
+
+def test_a_rename_that_fails_gives_the_old_bundle_back(
+    own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target) == own_bundle and Path(source).joinpath("new").exists():
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    before = (own_bundle / "manifest.json").read_bytes()
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="No space"), atomic_directory(own_bundle, overwrite=True) as work:
+        (work / "new").write_text("")
+    assert (own_bundle / "manifest.json").read_bytes() == before
+    assert [p.name for p in own_bundle.parent.iterdir()] == [own_bundle.name]
+
+
+def test_a_link_to_a_directory_stays_one(own_bundle: Path) -> None:
+    link = own_bundle.parent / "current"
+    link.symlink_to(own_bundle)
+    with atomic_directory(link, overwrite=True) as work:
+        (work / "new").write_text("")
+    assert link.is_symlink()
+    assert [p.name for p in own_bundle.iterdir()] == ["new"]
+    link.unlink()
+    link.symlink_to(own_bundle.parent / "later")
+    with atomic_directory(link, overwrite=False) as work:
+        (work / "new").write_text("")
+    assert sorted(p.name for p in own_bundle.parent.iterdir()) == ["bundle", "current", "later"]
 
 
 def test_a_failed_export_leaves_nothing_and_keeps_the_old(own_bundle: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError
-from .manifest import ALIGNMENT, MANIFEST_NAME, PAGE, FileEntry, Region, TensorEntry, round_up
+from .manifest import ALIGNMENT, FORMAT, MANIFEST_NAME, PAGE, FileEntry, Region, TensorEntry, round_up
 
 #: A tensor to write: name, dtype name as in the manifest, shape, raw bytes.
 RawTensor = tuple[str, str, tuple[int, ...], bytes]
@@ -89,17 +89,28 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def _is_bundle(directory: Path) -> bool:
+    """Whether a manifest says so, whole or of another version; other programs have a file of that name too."""
+    try:
+        body = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(body, dict) and body.get("type") == FORMAT
+
+
 @contextmanager
 def atomic_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside ``target`` that is renamed to it when the block ends well.
 
+    A ``target`` that is a symbolic link stays one: what it points to is written.
+
     Raises:
         FormatError: ``target`` exists and ``overwrite`` is off, or it is no bundle (never deleted).
     """
-    target = target.absolute()
+    target = Path(os.path.realpath(target))
     if target.exists():
         empty = target.is_dir() and not any(target.iterdir())
-        if not empty and not (target / MANIFEST_NAME).is_file():
+        if not empty and not _is_bundle(target):
             raise FormatError(f"{target} exists and is not a bundle: choose another directory")
         if not empty and not overwrite:
             raise FormatError(
@@ -107,11 +118,11 @@ def atomic_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
             )
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old: Path | None = None
     try:
         yield work
         _sync_directory(work)
         os.chmod(work, 0o755)
-        old: Path | None = None
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.rename(target, old)  # an empty directory may be replaced, and mkdtemp made one
@@ -120,5 +131,9 @@ def atomic_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
         if old is not None:
             shutil.rmtree(old)
     except BaseException:
+        if old is not None and not target.exists():
+            os.rename(old, target)
+        elif old is not None:
+            shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)
         raise
