@@ -33,7 +33,7 @@ def take(frontier: Frontier, index: Array, modality: str) -> Frontier:
     return x[rows], pos[rows], renumbered[rows]
 
 
-def as_arrays(inputs: Any, wanted: Sequence[Value]) -> Frontier:
+def as_arrays(inputs: Any, wanted: Sequence[Value], *, modality: str) -> Frontier:
     """The arguments of a call as contiguous arrays: a NumPy array, a tensor, or a tuple of them.
 
     Raises:
@@ -44,9 +44,12 @@ def as_arrays(inputs: Any, wanted: Sequence[Value]) -> Frontier:
         raise ConfigError(f"this bundle takes {len(wanted)} inputs; got {len(values)}")
     arrays = []
     for position, (value, described) in enumerate(zip(values, wanted, strict=True)):
-        if hasattr(value, "detach"):
-            value = value.detach().cpu()
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+        except (RuntimeError, TypeError, ValueError) as error:  # bfloat16, sparse tensors, ragged lists
+            raise ConfigError(
+                f"input {position} must be {described.dtype}; NumPy cannot hold what was given: {error}"
+            ) from error
         if array.dtype.name != described.dtype:
             raise ConfigError(f"input {position} must be {described.dtype}; got {array.dtype.name}")
         if not _fits(array.shape, described.shape):
@@ -55,8 +58,11 @@ def as_arrays(inputs: Any, wanted: Sequence[Value]) -> Frontier:
             raise ConfigError(f"input {position} must have shape ({shape}); got {array.shape}{hint}")
         if array.shape[0] == 0:
             raise ConfigError(f"input {position} has no samples: its shape is {array.shape}")
-        array = np.ascontiguousarray(array)
-        arrays.append(array)
+        # Runtimes read bytes as this machine orders them; the name of a type does not tell the order.
+        arrays.append(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+    sizes = {array.shape[0] for array in arrays}
+    if modality != "points" and len(sizes) > 1:
+        raise ConfigError(f"the inputs must have one batch size; got {', '.join(map(str, sorted(sizes)))}")
     return tuple(arrays)
 
 

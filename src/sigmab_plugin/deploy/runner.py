@@ -195,7 +195,7 @@ class Runner:
                 self._read_ahead(self._nodes[""], ())
             with self.trace.span("compute", "backbone"):
                 inputs = self._given_backbone(*inputs if isinstance(inputs, (tuple, list)) else (inputs,))
-        arrays = frontiers.as_arrays(inputs, self._nodes[""].inputs)
+        arrays = frontiers.as_arrays(inputs, self._nodes[""].inputs, modality=self.manifest.modality)
         parts: list[tuple[Array, str, Frontier]] = []
         self._visit("", arrays, None, (), parts)
         total = sum(len(index) for index, _, _ in parts)
