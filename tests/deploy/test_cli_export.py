@@ -92,6 +92,16 @@ def test_options_that_do_not_fit(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_single_file_is_not_replaced_unasked(
+    saved: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net.onnx").write_text("mine")
+    words = ["export", str(saved[0]), "--to", str(tmp_path / "net.onnx"), "--single-file"]
+    assert main([*words, "--input-shape", "3,16,16"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "net.onnx").read_text() == "mine"
+
+
 def test_export_of_packed_weights(saved: tuple[Path, Any], tmp_path: Path) -> None:
     folder, net = saved
     packed = pack(net, LegoNetConfig(codebook_size=16, iterations=1))

@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--single-file", action="store_true", help="one model with nested branches, for batches of one"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle or a file that exists")
     parser.add_argument(
         "--input-shape",
         metavar="N,N,...",
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
         if torch.is_tensor(example):
             example = example[:2]
     if args.single_file:
-        written = export_single_file(net, example, args.to, format=args.format)
+        written = export_single_file(net, example, args.to, format=args.format, overwrite=args.overwrite)
         if args.json:
             print(json.dumps({"file": str(written)}))
         return

@@ -6,14 +6,16 @@ touches is the runtime's choice; the split form and its runner do not leave it t
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, FormatError, ModelError
 from ..modes import evaluating
 from .nodes import NodeSource, check_net, cut
 from .onnx_graph import INLINE_BYTES, export_node, require
@@ -26,14 +28,23 @@ if TYPE_CHECKING:
 FORMATS = {"onnx": (".onnx", ("onnx",)), "openvino": (".xml", ("onnx", "openvino"))}
 
 
-def export_single_file(net: Any, example_inputs: Any, file: str | Path, *, format: str = "onnx") -> Path:  # noqa: A002
+def export_single_file(
+    net: Any,
+    example_inputs: Any,
+    file: str | Path,
+    *,
+    format: str = "onnx",  # noqa: A002 - the field's word
+    overwrite: bool = False,
+) -> Path:
     """Write ``net`` with hard routing as one model for batches of one.
 
     Args:
         net: a SigmaB net; it is left as it was.
         example_inputs: a batch, or a tuple of positional arguments.
-        file: ``model.onnx`` with ``model.weights`` beside it, or ``model.xml`` with ``model.bin``.
+        file: ``model.onnx`` with ``model.HASH.weights`` beside it, named by its content, or ``model.xml`` with
+            ``model.bin``.
         format: "onnx", or "openvino" (converted from the former).
+        overwrite: replace files that exist; the weights that an earlier ``model.onnx`` used go with it.
 
     Returns:
         ``file``. Each file appears whole or not at all, the graph last.
@@ -42,6 +53,7 @@ def export_single_file(net: Any, example_inputs: Any, file: str | Path, *, forma
         ConfigError: an unknown format, or a file name that does not end as the format's files do.
         ModelError: ``net`` is no SigmaB net, or a node cannot be exported, or takes a ragged batch; the message
             names it and why.
+        FormatError: ``file`` exists and ``overwrite`` is off.
     """
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
@@ -51,6 +63,9 @@ def export_single_file(net: Any, example_inputs: Any, file: str | Path, *, forma
         raise ConfigError(
             f"format={format!r} writes a file {file.stem or 'model'}{suffix}; got {str(file)!r}"
         )
+    for existing in (file, *([file.with_suffix(".bin")] if format == "openvino" else [])):
+        if existing.exists() and not overwrite:
+            raise FormatError(f"{existing} exists: pass overwrite=True (--overwrite) to replace it")
     check_net(net)
     for name in libraries:
         require(name)
@@ -60,26 +75,45 @@ def export_single_file(net: Any, example_inputs: Any, file: str | Path, *, forma
         modality = net.modality.name
         models = {path: export_node(source, modality=modality) for path, source in sources.items()}
     with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as work:
-        target = file if format == "onnx" else Path("model.onnx")
-        weights = target.with_suffix(".weights").name
-        model = _assemble(sources, models, BundleWriter(Path(work), packed=True), weights)
-        os.rename(Path(work) / "weights.bin", Path(work) / weights)
-        (Path(work) / target.name).write_bytes(model.SerializeToString())
-        names = [weights, target.name]
+        model = _assemble(sources, models, BundleWriter(Path(work), packed=True))
         if format == "openvino":
             ov = require("openvino")
-            converted = ov.Core().read_model(str(Path(work) / target.name))
+            (Path(work) / "model.onnx").write_bytes(model.SerializeToString())
+            converted = ov.Core().read_model(str(Path(work) / "model.onnx"))
             ov.save_model(converted, str(Path(work) / file.name), compress_to_fp16=False)
             names = [file.with_suffix(".bin").name, file.name]
+        else:
+            # Named by its content: a graph that was not replaced keeps the weights that belong to it.
+            content = hashlib.sha256((Path(work) / "weights.bin").read_bytes()).hexdigest()
+            names = [f"{file.stem}.{content[:8]}.weights", file.name]
+            os.rename(Path(work) / "weights.bin", Path(work) / names[0])
+            _point_to(model.graph, names[0])
+            (Path(work) / file.name).write_bytes(model.SerializeToString())
         for name in names:
             with open(Path(work) / name, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(Path(work) / name, file.parent / name)
+    if format == "onnx":
+        earlier = re.compile(re.escape(file.stem) + r"\.[0-9a-f]{8}\.weights")
+        for path in file.parent.iterdir():
+            if earlier.fullmatch(path.name) and path.name != names[0]:
+                path.unlink()
     return file
 
 
+def _point_to(graph: onnx.GraphProto, weights: str) -> None:
+    """Name the file of all external data, nested graphs included."""
+    for tensor in graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = weights
+    for node in graph.node:
+        for attribute in node.attribute:
+            _point_to(attribute.g, weights)
+
+
 def _assemble(
-    sources: dict[str, NodeSource], models: dict[str, onnx.ModelProto], writer: BundleWriter, weights: str
+    sources: dict[str, NodeSource], models: dict[str, onnx.ModelProto], writer: BundleWriter
 ) -> onnx.ModelProto:
     from onnx import helper
 
@@ -88,7 +122,7 @@ def _assemble(
         raise ModelError(
             f"{root} hands on a ragged batch, which the single-file form cannot hold: use export()"
         )
-    graph = _graph("", sources, models, {}, writer, weights)
+    graph = _graph("", sources, models, {}, writer)
     for value in (*graph.input, *graph.output):
         value.type.tensor_type.shape.dim[0].Clear()
         value.type.tensor_type.shape.dim[0].dim_value = 1
@@ -105,7 +139,6 @@ def _graph(
     models: dict[str, onnx.ModelProto],
     outer: dict[str, str],
     writer: BundleWriter,
-    weights: str,
 ) -> onnx.GraphProto:
     """The graph of a node and everything below it. ``outer`` renames its inputs to values of its parent."""
     from onnx import TensorProto, helper, numpy_helper
@@ -139,7 +172,7 @@ def _graph(
     )
     for (_, name, kind, array), entry in zip(large, region.tensors, strict=True):
         tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
-        where = {"location": weights, "offset": region.offset + entry.offset, "length": entry.nbytes}
+        where = {"location": region.file, "offset": region.offset + entry.offset, "length": entry.nbytes}
         for key, setting in where.items():
             tensor.external_data.add(key=key, value=str(setting))
         initializers.append(tensor)
@@ -155,7 +188,7 @@ def _graph(
         for child in source.children:
             received = [value.name for value in models[child].graph.input]
             renamed = dict(zip(received, frontier, strict=True))
-            below.append(_graph(child, sources, models, renamed, writer, weights))
+            below.append(_graph(child, sources, models, renamed, writer))
         nodes.extend(_choice(prefix, outputs[-1], final, below))
         initializers.extend(
             [
