@@ -19,12 +19,12 @@ import numpy as np
 from ..errors import ConfigError, FormatError, ModelError
 from .backends.base import views
 from .manifest import Node, codebook_region, round_up
-from .nodes import NodeSource
 from .storage import fresh_memory
 from .writing import RawTensor, pack, raw
 
 if TYPE_CHECKING:
     from ..techniques.legonet import PackedModel
+    from .nodes import NodeSource
 
 _log = logging.getLogger(__name__)
 

@@ -18,11 +18,12 @@ import numpy as np
 
 from ..errors import MissingDependencyError, ModelError
 from .manifest import Region
-from .nodes import NodeSource
 from .writing import RawTensor, raw
 
 if TYPE_CHECKING:
     import onnx
+
+    from .nodes import NodeSource
 
 _log = logging.getLogger(__name__)
 
