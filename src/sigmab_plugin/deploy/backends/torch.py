@@ -7,8 +7,9 @@ import mmap
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...errors import FormatError
 from ..manifest import Manifest, Node
@@ -31,7 +32,8 @@ class _Bound:
 
     def __call__(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         with torch.inference_mode():
-            outputs = self._program(self._weights, *(torch.from_numpy(array) for array in inputs))
+            values = (torch.from_numpy(np.ascontiguousarray(array)) for array in inputs)
+            outputs = self._program(self._weights, *values)
         return tuple(value.numpy() for value in outputs)
 
 
@@ -48,14 +50,37 @@ class Torch:
     def program(self, node: Node, data: bytes) -> Any:
         try:
             check_program(data)
-            return torch.export.load(io.BytesIO(data)).module()
+            program = torch.export.load(io.BytesIO(data)).module()
         except Exception as error:  # torch.export raises many kinds; all of them mean the same to the caller
             raise FormatError(
                 f"node {node.path or 'root'!r}: torch {torch.__version__} cannot open its program: {error}"
             ) from error
+        if not _changes_inputs(program.graph):
+            return program
+        return lambda weights, *inputs: program(weights, *(value.clone() for value in inputs))
 
     def bind(self, node: Node, program: Any, weights: mmap.mmap | None) -> _Bound:
         return _Bound(node, program, weights)
+
+
+def _changes_inputs(graph: fx.Graph) -> bool:
+    """Whether an operation works in place on an input or a view of one: inputs lie in the caller's memory."""
+    shared: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            shared.add(node)
+        elif isinstance(node.target, torch._ops.OpOverload):
+            arguments = zip(node.args, node.target._schema.arguments, strict=False)
+            seen = [
+                described.alias_info
+                for value, described in arguments
+                if isinstance(value, fx.Node) and value in shared and described.alias_info is not None
+            ]
+            if any(alias.is_write for alias in seen):
+                return True
+            if seen:
+                shared.add(node)
+    return False
 
 
 def open_backend(manifest: Manifest, *, threads: int | None) -> Torch:
