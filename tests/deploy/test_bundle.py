@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sigmab_plugin.deploy import Manifest, export, export_chain, export_single_file, read_manifest
+from sigmab_plugin.deploy import Manifest, Runner, export, export_chain, export_single_file, read_manifest
 from sigmab_plugin.deploy.manifest import ALIGNMENT, MODALITIES, PAGE
 from sigmab_plugin.deploy.writing import atomic_directory, pack
 from sigmab_plugin.errors import ConfigError, FormatError, ModelError
@@ -258,6 +259,62 @@ def test_example_inputs_that_do_not_fit_name_the_node(net: Any, images: Tensor, 
             export(net, example, tmp_path / "b", format="torch")
     with pytest.raises(ModelError, match=r"node '0' \(leaf\) cannot take inputs of shape \(2, 12\)"):
         export_chain([nn.Flatten(), nn.Linear(11, 3)], torch.zeros(2, 3, 2, 2), tmp_path / "b")
+
+
+class _Returns(nn.Module):
+    def __init__(self, what: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor) -> Any:
+        return self.what(x)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([_Returns(lambda x: {"logits": x})], r"node 'root' \(leaf\) returns a dict"),
+        ([_Returns(lambda x: (x, None)), nn.Linear(4, 2)], r"node 'root' \(backbone\) returns a NoneType"),
+        ([nn.Identity(), _Returns(lambda x: (x, x))], r"node '0' \(leaf\) returns 2 tensors.*logits alone"),
+    ],
+)
+def test_what_a_node_returns(parts: list[nn.Module], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        export_chain(parts, torch.zeros(2, 4), tmp_path / "b", format="torch")
+
+
+def test_a_router_has_a_logit_per_branch(net: Any, images: Tensor, tmp_path: Path) -> None:
+    wide = copy.deepcopy(net)
+    wide.routers["root"].router = nn.Linear(8, 3)
+    with pytest.raises(ModelError, match=r"node 'root' .*router returns \(2, 3\) for 2 branches"):
+        export(wide, images[:2], tmp_path / "b", format="torch")
+
+
+def test_bfloat16_behind_other_inputs_is_refused(tmp_path: Path) -> None:
+    embedding = nn.Embedding(5, 4)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ModelError, match=r"node 'root' .*: body\.weight is bfloat16.*\.float\(\)"):
+        export_chain([copy.deepcopy(embedding).bfloat16(), nn.Linear(4, 2)], ids, tmp_path / "b")
+    with pytest.raises(ModelError, match=r"node 'root' .*: frontier_out is bfloat16"):
+        export_chain([nn.Sequential(embedding, _Returns(Tensor.bfloat16)), nn.Flatten()], ids, tmp_path / "b")
+
+
+def test_an_export_sees_inputs_as_the_runner_gives_them(tmp_path: Path) -> None:
+    """Another order in memory would let an export pass that no call can run."""
+    rows = _Returns(lambda x: x.permute(0, 2, 3, 1).view(x.shape[0], -1))
+    example = torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    assert rows(example).shape == (2, 48)
+    with pytest.raises(ModelError, match=r"node 'root' .*view size is not compatible"):
+        export_chain([rows], example, tmp_path / "b", format="torch")
+
+
+def test_a_callers_array_is_left_as_it_was(tmp_path: Path) -> None:
+    first = _Returns(lambda x: torch.relu_(x.view(-1, 4)))
+    export_chain([first, nn.Linear(4, 2)], torch.zeros(2, 4), tmp_path / "b", format="torch")
+    x = -np.ones((3, 4), np.float32)
+    with Runner(tmp_path / "b") as runner:
+        runner(x)
+    assert (x == -1).all()
 
 
 def test_a_network_that_is_no_tree_is_told_what_to_call(images: Tensor, tmp_path: Path) -> None:

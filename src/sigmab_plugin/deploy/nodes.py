@@ -115,7 +115,7 @@ def cut(net: Any, example_inputs: Any, *, backbone: bool = True) -> tuple[NodeSo
     names = _names("input", len(inputs))
     start: nn.Module = net.backbone
     if not backbone:
-        inputs, start = _flat(_run(net.backbone, inputs, "", "backbone")), _Given()
+        inputs, start = _run(net.backbone, inputs, "", "backbone"), _Given()
         names = _names("frontier", len(inputs))
     known = (*net.inner_nodes, *net.leaves)
     sources: list[NodeSource] = []
@@ -126,7 +126,7 @@ def cut(net: Any, example_inputs: Any, *, backbone: bool = True) -> tuple[NodeSo
             leaf = _Leaf(net.specializers[key], net.heads[key]).eval()
             out = _run(leaf, example, path, "leaf")
             sources.append(
-                NodeSource(path, key, "leaf", (), leaf, example, names, _names("logits", len(out)), out)
+                _checked(NodeSource(path, key, "leaf", (), leaf, example, names, ("logits",), out))
             )
             return
         body = start if root else net.specializers[key]
@@ -137,7 +137,12 @@ def cut(net: Any, example_inputs: Any, *, backbone: bool = True) -> tuple[NodeSo
         frontier_names = _names("frontier", len(out) - 1)
         children = children_of(path, known)
         outputs = (*(f"{name}_out" for name in frontier_names), "router_logits")
-        sources.append(NodeSource(path, key, role, children, module, example, names, outputs, out))
+        sources.append(_checked(NodeSource(path, key, role, children, module, example, names, outputs, out)))
+        if out[-1].shape[1:] != (len(children),):
+            raise ModelError(
+                f"{sources[-1]}: its router returns {tuple(out[-1].shape)} for {len(children)} branches: "
+                "it must return one logit per branch, (batch, branches)"
+            )
         for child in children:
             visit(child, out[:-1], frontier_names)
 
@@ -162,9 +167,10 @@ def chain(modules: Sequence[nn.Module], example_inputs: Any) -> tuple[NodeSource
         out = _run(link, example, path, role)
         child = f"{path}/0" if path else "0"
         frontier_names = _names("frontier", len(out))
-        outputs = _names("logits", len(out)) if last else tuple(f"{name}_out" for name in frontier_names)
+        outputs = ("logits",) if last else tuple(f"{name}_out" for name in frontier_names)
         children = () if last else (child,)
-        sources.append(NodeSource(path, module_key(path), role, children, link, example, names, outputs, out))
+        key = module_key(path)
+        sources.append(_checked(NodeSource(path, key, role, children, link, example, names, outputs, out)))
         path, example, names = child, out, frontier_names
     return tuple(sources)
 
@@ -173,21 +179,48 @@ def _names(stem: str, count: int) -> tuple[str, ...]:
     return (stem,) if count == 1 else tuple(f"{stem}_{i}" for i in range(count))
 
 
-def _run(module: nn.Module, inputs: tuple[Tensor, ...], path: str, role: str) -> Any:
-    """``module(*inputs)``.
+def _run(module: nn.Module, inputs: tuple[Tensor, ...], path: str, role: str) -> tuple[Tensor, ...]:
+    """``module(*inputs)``, in memory as the runner hands it on.
 
     Raises:
-        ModelError: it fails; names the node and the shapes.
+        ModelError: it fails, or returns other things than tensors; names the node and the shapes.
     """
+    where = f"node {path or 'root'!r} ({role})"
     try:
-        return module(*inputs)
+        found = _flat(module(*inputs))
     except Exception as error:  # a forward pass may raise anything
         shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ModelError(
-            f"node {path or 'root'!r} ({role}) cannot take inputs of shape {shapes}: "
+            f"{where} cannot take inputs of shape {shapes}: "
             f"{type(error).__name__}: {reason}. Give example inputs as the network takes them, batch first"
         ) from error
+    for value in found:
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"{where} returns a {type(value).__name__}: make it return a tensor, or a tuple of tensors"
+            )
+    return tuple(value.contiguous() for value in found)
+
+
+def _checked(source: NodeSource) -> NodeSource:
+    """``source``, if bundles can hold its numbers.
+
+    Raises:
+        ModelError: some are bfloat16, or a leaf returns more than its logits; names the node.
+    """
+    if source.role == "leaf" and len(source.output_example) != 1:
+        raise ModelError(
+            f"{source} returns {len(source.output_example)} tensors: make it return its logits alone"
+        )
+    tensors = {**dict(source.module.named_parameters()), **dict(source.module.named_buffers())}
+    tensors.update(zip(source.outputs, source.output_example, strict=True))
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bfloat16:
+            raise ModelError(
+                f"{source}: {name} is bfloat16, which NumPy arrays cannot hold: call .float() on the network"
+            )
+    return source
 
 
 def check_net(net: Any) -> None:
@@ -220,6 +253,7 @@ def _at_least_two(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
             )
         if value.ndim == 0 or value.shape[0] == 0:
             raise ModelError(f"an example input has no samples: its shape is {tuple(value.shape)}")
+    inputs = tuple(value.contiguous() for value in inputs)  # the order in memory that runners hand over
     if inputs[0].shape[0] >= 2 or len({v.shape[0] for v in inputs}) > 1:
         return inputs
     return tuple(torch.cat([v, v]) for v in inputs)
