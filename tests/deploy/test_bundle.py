@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from sigmab_plugin.deploy import Manifest, Runner, export, export_chain, export_single_file, read_manifest
 from sigmab_plugin.deploy.manifest import ALIGNMENT, MODALITIES, PAGE
+from sigmab_plugin.deploy.nodes import cut
+from sigmab_plugin.deploy.quantization import collect
 from sigmab_plugin.deploy.writing import atomic_directory, pack
-from sigmab_plugin.errors import ConfigError, FormatError, ModelError
+from sigmab_plugin.errors import CalibrationError, ConfigError, FormatError, ModelError
+from sigmab_plugin.modes import evaluating
 from sigmab_plugin.tree.modality import _KINDS
 
 
@@ -349,6 +352,9 @@ def test_a_single_files_name_is_checked_before_any_work(form: str, name: str, tm
         ({"format": "torch", "precision": "int8-weights"}, "ONNX|onnx"),
         ({"precision": "int8"}, "calibration_data"),
         ({"precision": "int3"}, "precision must be one of"),
+        ({"calibration_data": []}, "calibration_data is for precision='int8'"),
+        ({"precision": "fp16", "codebook": "file"}, "codebook is for precision='legonet'"),
+        ({"precision": "legonet", "codebook": "file"}, "must be a PackedModel.*read_packed.*; got str"),
     ],
 )
 def test_options_that_do_not_fit(
@@ -356,3 +362,39 @@ def test_options_that_do_not_fit(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         export(net, images[:2], tmp_path / "b", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize(("form", "precision"), [("onnx", "int8-weights"), ("torch", "fp16")])
+def test_precisions_start_from_float32(dtype: torch.dtype, form: str, precision: str, tmp_path: Path) -> None:
+    model = nn.Linear(4, 4).to(dtype)
+    with pytest.raises(ModelError, match=rf"body\.weight is {str(dtype)[6:]}, .*{precision}.*\.float\(\)"):
+        export_chain(
+            [model], torch.zeros(2, 4, dtype=dtype), tmp_path / "b", format=form, precision=precision
+        )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.zeros(4, 3, 16, 16), "list of batches; got one array"),
+        (
+            [(torch.zeros(4, 3, 16, 16), torch.zeros(4, dtype=torch.long))],
+            r"is float32 \(batch, 3, 16, 16\), int64 \(batch\); .* without targets",
+        ),
+        ([np.zeros((4, 3, 16, 16))], r"is float64 .*; the network takes float32 \(batch, 3, 16, 16\)"),
+    ],
+    ids=["bare", "targets", "type"],
+)
+def test_calibration_data_are_batches_of_inputs(
+    net: Any, images: Tensor, tmp_path: Path, data: Any, message: str
+) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        export(net, images[:2], tmp_path / "b", precision="int8", calibration_data=data)
+
+
+def test_calibration_data_may_be_arrays(net: Any, images: Tensor) -> None:
+    with evaluating(net):
+        sources = cut(net, images[:2])
+        found = collect(sources, [images.numpy()], "images")
+    assert [len(batches[0][0]) for batches in found.values()] == [32, 16, 8, 8, 16, 8, 8]

@@ -11,9 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..modes import evaluating
 from . import codebooks
 from .manifest import FileEntry, Manifest, Node, Region, Value
@@ -85,7 +86,8 @@ def export(
             quantizes activations too and needs ``calibration_data``. ONNX only, but for "fp32" and "fp16".
             "legonet" stores indices into a codebook and expands a node when it is loaded (not ExecuTorch).
         layout: "portable", or "native": optimised for this machine and refused on others (ONNX only).
-        calibration_data: for "int8": batches of inputs, each leaf is calibrated with the samples routed to it.
+        calibration_data: for "int8": a list of batches of inputs, without targets; each leaf is calibrated with
+            the samples routed to it.
         codebook: for "legonet": the packed weights that ``net`` was expanded from; by default those that
             packing left with it.
         backbone: False leaves the backbone out, for one that the format cannot express (farthest point
@@ -103,8 +105,17 @@ def export(
         MissingDependencyError: the format's library is not installed.
     """
     check_net(net)
+    for given, name, wanted in (
+        (calibration_data, "calibration_data", "int8"),
+        (codebook, "codebook", "legonet"),
+    ):
+        if given is not None and precision != wanted:
+            raise ConfigError(
+                f"{name} is for precision={wanted!r}; got precision={precision!r}: leave it out"
+            )
     with evaluating(net):
         sources = cut(net, example_inputs, backbone=backbone)
+        _check_float32(sources, precision)
         calibration = None
         if precision == "int8":
             if calibration_data is None:
@@ -147,6 +158,7 @@ def export_chain(
         )
     with evaluating(*modules):
         sources = chain(modules, example_inputs)
+        _check_float32(sources, precision)
         options = _options(format, precision, layout, "images", None)
         leaves = (sources[-1].path,)
         return write_bundle(sources, leaves, None, options, directory, packed=packed, overwrite=overwrite)
@@ -178,6 +190,23 @@ def _options(form: str, precision: str, layout: str, modality: str, calibration:
     return Options(form, precision, layout, modality, calibration)
 
 
+def _check_float32(sources: Sequence[NodeSource], precision: str) -> None:
+    """What stores weights in fewer bits starts from float32; others would stay as they are without a word.
+
+    Raises:
+        ModelError: names the node and the parameter.
+    """
+    if precision == "fp32":
+        return
+    for source in sources:
+        for name, value in source.module.named_parameters():
+            if value.is_floating_point() and value.dtype != torch.float32:
+                raise ModelError(
+                    f"{source}: {name} is {str(value.dtype).removeprefix('torch.')}, and precision={precision!r} "
+                    "starts from float32: call .float() on the network first"
+                )
+
+
 def write_bundle(
     sources: Sequence[NodeSource],
     leaves: tuple[str, ...],
@@ -192,11 +221,12 @@ def write_bundle(
     """Write one artefact per source. ``exporter`` stands in for the format's own module (same functions)."""
     exporter = exporter or import_module(FORMATS[options.format], __package__)
     nodes: list[Node] = []
+    digits = max(2, len(str(len(sources) - 1)))
     with atomic_directory(Path(directory), overwrite=overwrite) as work:
         writer = BundleWriter(work, packed=packed)
         for index, source in enumerate(sources):
             artefact: Artefact = exporter.export_artefact(source, options)
-            stem = f"{index:02d}_{source.key}"
+            stem = f"{index:0{digits}d}_{source.key}"
             tensors, extra = artefact.tensors, {}
             if options.codebook is not None:
                 tensors, extra["codebook"] = codebooks.encode(source, tensors, options.codebook)

@@ -180,13 +180,19 @@ def check(net: Any, packed: Any) -> PackedModel:
     """The packed weights to export ``net`` with: those given, or those that packing left with it.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: neither, or something else.
     """
+    from ..techniques.legonet import PackedModel
+
     packed = packed if packed is not None else getattr(net, "legonet", None)
     if packed is None:
         raise ConfigError(
             "precision='legonet' needs packed weights: give codebook=, a PackedModel of "
             "sigmab_plugin.techniques.legonet"
         )
-    result: PackedModel = packed
-    return result
+    if not isinstance(packed, PackedModel):
+        raise ConfigError(
+            f"codebook must be a PackedModel, as sigmab_plugin.techniques.legonet.read_packed(file) returns it; "
+            f"got {type(packed).__name__}"
+        )
+    return packed

@@ -35,8 +35,13 @@ def collect(sources: Sequence[NodeSource], data: Iterable[Any], modality: str) -
     """What reaches each node when ``data`` (batches of inputs) is routed: its inputs, batch by batch.
 
     Raises:
-        CalibrationError: no sample reaches some node, whose ranges would then be made up.
+        CalibrationError: ``data`` are no batches of the network's inputs, or no sample reaches some node, whose
+            ranges would then be made up.
     """
+    if isinstance(data, (torch.Tensor, np.ndarray)):
+        raise CalibrationError(
+            "calibration_data must be a list of batches; got one array: put it into a list"
+        )
     by_path = {source.path: source for source in sources}
     found: Calibration = {path: [] for path in by_path}
 
@@ -54,13 +59,37 @@ def collect(sources: Sequence[NodeSource], data: Iterable[Any], modality: str) -
                 visit(child, take(tuple(outputs[:-1]), rows, modality))
 
     for batch in data:
-        visit("", tuple(t.detach().cpu().numpy() for t in as_arguments(batch)))
+        visit("", _arrays(batch, sources[0].example))
     unseen = [path or "root" for path, batches in found.items() if not batches]
     if unseen:
         raise CalibrationError(
             f"no calibration sample reaches {', '.join(unseen)}: give more, or more varied, calibration data"
         )
     return found
+
+
+def _arrays(batch: Any, example: Sequence[torch.Tensor]) -> tuple[Array, ...]:
+    """A batch as arrays, of tensors or arrays such as ``example``.
+
+    Raises:
+        CalibrationError: their number, types or shapes are others.
+    """
+    values = [
+        value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        for value in as_arguments(batch)
+    ]
+    wanted = [(str(value.dtype).removeprefix("torch."), tuple(value.shape[1:])) for value in example]
+    found = [(value.dtype.name, value.shape[1:]) for value in values]
+    if found != wanted:
+        raise CalibrationError(
+            f"a batch of calibration_data is {_listed(found)}; the network takes {_listed(wanted)}: give batches of "
+            "inputs alone, without targets"
+        )
+    return tuple(values)
+
+
+def _listed(values: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{dtype} ({', '.join(('batch', *map(str, shape)))})" for dtype, shape in values)
 
 
 class _Reader:
