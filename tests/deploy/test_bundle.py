@@ -84,6 +84,11 @@ def _tensor(index: int, field: int, value: Any) -> Callable[[dict[str, Any]], No
     return lambda m: m["nodes"][2]["weights"]["tensors"][index].__setitem__(field, value)
 
 
+def _codebook(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    described = {"block_size": 4, "nbytes": 4096, "tensors": [], "packed": [], **fields}
+    return lambda m: m["nodes"][2]["extra"].update(codebook=described)
+
+
 ALTERED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "newer": (lambda m: m.update(version=2), "newer than the 1"),
     "negative-version": (lambda m: m.update(version=-3), "-3 is no bundle format version"),
@@ -120,6 +125,34 @@ ALTERED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "incomplete": (lambda m: m.pop("leaves"), "incomplete"),
     "infinite": (lambda m: m["nodes"][0].update(parameters=float("inf")), "incomplete or altered"),
     "codebook": (lambda m: m["nodes"][2].update(extra={"codebook": {}}), "node '0/0': its codebook"),
+    "codebook-infinite": (_codebook(nbytes=float("inf")), "node '0/0': its codebook"),
+    "codebook-negative": (_codebook(nbytes=-4096), "node '0/0': its codebook"),
+    "codebook-shape": (
+        _codebook(tensors=[["a", "float32", [float("inf")], 0, 4]]),
+        "node '0/0': its codebook",
+    ),
+    "codebook-blocks": (_codebook(block_size=0), "node '0/0': its codebook"),
+    "codebook-unpacked": (_codebook(packed=None), "node '0/0': its codebook"),
+    "codebook-other": (_codebook(packed=["b"]), "node '0/0': its codebook.*no tensors"),
+    "fraction": (lambda m: m["nodes"][2]["weights"].update(nbytes=4096.7), "4096.7 is no whole number"),
+    "truth": (lambda m: m["nodes"][2].update(parameters=True), "True is no whole number"),
+    "negative-parameters": (lambda m: m["nodes"][2].update(parameters=-5), "node '0/0': -5 parameters"),
+    "page": (lambda m: m.update(page=512), "pages of 512"),
+    "parent": (lambda m: m["nodes"][0]["program"].update(file=".."), "plain file name"),
+    "no-name": (lambda m: m["nodes"][0]["program"].update(file=""), "plain file name"),
+    "nul": (lambda m: m["nodes"][0]["weights"].update(file="a\0b"), "plain file name"),
+    "runtime-type": (
+        _tensor(0, 1, "u32"),
+        "node '0/0': tensor .* has type 'u32', which format 'torch' lacks",
+    ),
+    "output-names": (
+        lambda m: m["nodes"][0]["outputs"][0].update(name="router_logits"),
+        "node 'root': two of its inputs, or of its outputs",
+    ),
+    "logits": (
+        lambda m: m["nodes"][0]["outputs"][-1].update(shape=[None, 3]),
+        r"node 'root': its router's logits have shape \(None, 3\) for 2 children",
+    ),
 }
 
 
@@ -129,6 +162,12 @@ def test_altered_manifest_is_refused(bundle: Path, change: Any, message: str) ->
     change(body)
     with pytest.raises(FormatError, match=message):
         Manifest.from_dict(body)
+
+
+def test_a_manifest_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(FormatError, match="not valid JSON"):
+        read_manifest(tmp_path)
 
 
 def test_manifest_knows_all_modalities() -> None:

@@ -37,6 +37,13 @@ DTYPE_BITS = {
     **dict.fromkeys(("i4", "u4", "nf4", "f4e2m1"), 4),
     "u1": 1,
 }
+#: Those that OpenVINO alone has, or torch: only its own format stores them.
+_NOT_NUMPYS = frozenset(
+    (
+        *("float8_e4m3fn", "float8_e5m2", "f8e4m3", "f8e5m2", "bfloat16", "bf16", "i16", "u16", "u32", "u64"),
+        *("i4", "u4", "nf4", "f4e2m1", "u1"),
+    )
+)
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -179,6 +186,11 @@ class Manifest:
                 f"bundle format version {version!r} is newer than the {FORMAT_VERSION} this package reads: "
                 "upgrade sigmab-plugin or export the bundle again"
             )
+        if (body.get("page", PAGE), body.get("alignment", ALIGNMENT)) != (PAGE, ALIGNMENT):
+            raise FormatError(
+                f"pages of {body.get('page')!r} and tensors on {body.get('alignment')!r} bytes: this package reads "
+                f"{PAGE} and {ALIGNMENT}"
+            )
         try:
             manifest = cls(
                 format=str(body["format"]),
@@ -209,7 +221,7 @@ class Manifest:
         self._check_tree()
         for node in self.nodes:
             for name in (node.program.file, node.weights.file):
-                if Path(name).name != name:
+                if Path(name).name != name or name in ("", "..") or "\0" in name:
                     raise FormatError(f"{node}: {name!r} must be a plain file name inside the bundle")
             region = node.weights
             if region.offset % PAGE or region.nbytes % PAGE:
@@ -218,10 +230,21 @@ class Manifest:
                 raise FormatError(
                     f"{node}: {region.used} of {region.nbytes} bytes at offset {region.offset} are no region"
                 )
+            if node.parameters < 0 or node.program.nbytes < 0:
+                raise FormatError(
+                    f"{node}: {node.parameters} parameters and a program of {node.program.nbytes} bytes"
+                )
             check_tensors(node, region.tensors, region.used)
+            tensors = region.tensors
             if "codebook" in node.extra:
-                nbytes, tensors = codebook_region(node)
-                check_tensors(node, tensors, nbytes)
+                nbytes, expanded = codebook_region(node)
+                check_tensors(node, expanded, nbytes)
+                tensors += expanded
+            for tensor in tensors if self.format != "openvino" else ():
+                if tensor.dtype in _NOT_NUMPYS:
+                    raise FormatError(
+                        f"{node}: tensor {tensor.name!r} has type {tensor.dtype!r}, which format {self.format!r} lacks"
+                    )
 
     def _check_tree(self) -> None:
         known: dict[str, Node] = {}
@@ -245,6 +268,13 @@ class Manifest:
                 raise FormatError(
                     f"{node}: a leaf, and no other node, is one of leaves and has no children; it is "
                     f"{'one' if node.path in self.leaves else 'none'} of them and has children {list(node.children)}"
+                )
+            for values in (node.inputs, node.outputs):
+                if len({value.name for value in values}) != len(values):
+                    raise FormatError(f"{node}: two of its inputs, or of its outputs, have the same name")
+            if len(node.children) > 1 and node.outputs[-1].shape[1:] != (len(node.children),):
+                raise FormatError(
+                    f"{node}: its router's logits have shape {node.outputs[-1].shape} for {len(node.children)} children"
                 )
             handed_on = len(node.outputs) - (len(node.children) > 1)  # router logits come last
             for child in node.children:
@@ -295,15 +325,27 @@ def codebook_region(node: Node) -> tuple[int, tuple[TensorEntry, ...]]:
     """Bytes and tensors of the region that a node's codebook expands to.
 
     Raises:
-        FormatError: the description is incomplete.
+        FormatError: the description is incomplete or altered.
     """
     try:
         described: Mapping[str, Any] = node.extra["codebook"]
-        return int(described["nbytes"]), _tensor_entries(described["tensors"])
+        nbytes, tensors = _whole(described["nbytes"]), _tensor_entries(described["tensors"])
+        if nbytes < 0 or nbytes % PAGE or _whole(described["block_size"]) < 1:
+            raise ValueError(f"{nbytes} bytes of blocks of {described['block_size']}")
+        if unknown := set(described["packed"]) - {tensor.name for tensor in tensors}:
+            raise ValueError(f"no tensors {sorted(unknown)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FormatError(
             f"{node}: its codebook's description is altered ({error!r}): export again"
         ) from error
+    return nbytes, tensors
+
+
+def _whole(value: Any) -> int:
+    """JSON writes whole numbers as such; 4096.7, Infinity and true are none."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is no whole number")
+    return value
 
 
 def _node_to_dict(node: Node) -> dict[str, Any]:
@@ -324,31 +366,31 @@ def _node_from_dict(body: Mapping[str, Any]) -> Node:
         inputs=tuple(_value(v) for v in body["inputs"]),
         outputs=tuple(_value(v) for v in body["outputs"]),
         program=FileEntry(
-            str(body["program"]["file"]), int(body["program"]["nbytes"]), str(body["program"]["sha256"])
+            str(body["program"]["file"]), _whole(body["program"]["nbytes"]), str(body["program"]["sha256"])
         ),
         weights=Region(
             file=str(weights["file"]),
-            offset=int(weights["offset"]),
-            nbytes=int(weights["nbytes"]),
-            used=int(weights["used"]),
+            offset=_whole(weights["offset"]),
+            nbytes=_whole(weights["nbytes"]),
+            used=_whole(weights["used"]),
             sha256=str(weights["sha256"]),
             tensors=_tensor_entries(weights["tensors"]),
         ),
-        parameters=int(body["parameters"]),
+        parameters=_whole(body["parameters"]),
         extra=dict(body.get("extra", {})),
     )
 
 
 def _tensor_entries(rows: Iterable[Any]) -> tuple[TensorEntry, ...]:
     return tuple(
-        TensorEntry(str(name), str(dtype), tuple(int(n) for n in shape), int(offset), int(nbytes))
+        TensorEntry(str(name), str(dtype), tuple(_whole(n) for n in shape), _whole(offset), _whole(nbytes))
         for name, dtype, shape, offset, nbytes in rows
     )
 
 
 def _value(body: Mapping[str, Any]) -> Value:
     return Value(
-        str(body["name"]), str(body["dtype"]), tuple(None if n is None else int(n) for n in body["shape"])
+        str(body["name"]), str(body["dtype"]), tuple(None if n is None else _whole(n) for n in body["shape"])
     )
 
 
@@ -361,7 +403,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise FormatError(
             f"{directory} is not a bundle: cannot read {MANIFEST_NAME} ({error.strerror})"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{file} is not valid JSON ({error}): export the bundle again") from error
     if not isinstance(body, dict):
         raise FormatError(f"{file} is not a {FORMAT} manifest")
