@@ -121,6 +121,8 @@ def test_rows_twins_report_and_resuming(tmp_path: Path, capsys: pytest.CaptureFi
             "runs[0]: 'compression' must be a section or a list",
         ),
         ({"test_split": "val"}, "must be three splits; got train, val, val"),
+        ({"runs": [{"name": None, "compression": []}]}, "runs[0]: 'name' must be a text; got null"),
+        ({"runs": [{"name": "dense", "compression": []}]}, "the row 'dense' is the network as given"),
         ({"runs": [{"name": "a"}]}, "runs[0] must be an object with 'name' and 'compression'"),
         ({"runs": [{"name": "a", "compression": []}] * 2}, "two runs have the same name"),
         ({"runs": [{"name": "a", "compression": {"algorithm": "lego"}}]}, "unknown algorithm 'lego'"),
@@ -138,6 +140,17 @@ def test_a_file_that_makes_no_sense_is_one_line(
     assert error.startswith("sigmab: error: ")
     assert message in error
     assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_each_of_several_data_files_is_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.npz", "b.npz"):
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir("/")
+    plan = read_plan(file(tmp_path, data="a.npz, b.npz"))
+    assert plan.path("data") == f"{tmp_path / 'a.npz'},{tmp_path / 'b.npz'}"
+    assert read_plan(file(tmp_path, data="elsewhere.npz")).path("data") == "elsewhere.npz"
 
 
 def flat(folder: Path) -> Path:

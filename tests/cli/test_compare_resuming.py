@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,32 @@ def test_stopping_between_rows_changes_no_row(tmp_path: Path) -> None:
         for row in result["runs"]:
             row["seconds"] = 0
     assert results[0] == results[1]
+
+
+def test_every_row_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trees with the same techniques after them, and a run that is called as a twin would be."""
+    runs = [
+        Run("static twin of tree", (MASKS,)),
+        Run("tree", (TREE,)),
+        Run("small", (TREE, CODEBOOK)),
+        Run("a", ({**TREE, "projection_dim": 2}, CODEBOOK)),
+        Run("b", ({**TREE, "projection_dim": 3}, CODEBOOK)),
+    ]
+    monkeypatch.setattr(
+        Comparison, "_outcome", lambda self, run, role: SimpleNamespace(row=SimpleNamespace(name=run.name))
+    )
+    names = [outcome.row.name for outcome in comparison(tmp_path).run(runs)]
+    assert names == [
+        "dense",
+        "static twin of tree",
+        "tree",
+        "static twin of tree (tree)",
+        "small",
+        "a",
+        "static twin of sigmab",
+        "b",
+        "static twin of sigmab (b)",
+    ]
 
 
 def test_digest_tells_content_shape_type_and_order_apart() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from sigmab_plugin.cli import build_parser
 from sigmab_plugin.cli.finetune import read_recipe
+from sigmab_plugin.cli.measure import check_fit
 from sigmab_plugin.cli.options import build_model, load_weights, read_sections
 from sigmab_plugin.errors import ConfigError, FormatError, ModelError
 from sigmab_plugin.tuning.recipe import as_recipe
@@ -131,3 +132,26 @@ def test_recipes_of_finetune(tmp_path: Path) -> None:
     assert recipe("--recipe", "cifar100", "--lr", "0.5") == as_recipe("cifar100").replace(lr=0.5)
     own = recipe("--recipe", str(tmp_path / "own.json"), "--distill", "2")
     assert own == as_recipe("imagenet").replace(momentum=0.5, distillation_weight=2.0)
+
+
+class _Fails(nn.Module):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError(), "ValueError"),
+        (AssertionError("four channels"), "four channels"),
+        (KeyError("x"), "'x'"),
+        (RuntimeError("\n\nthe second line"), "the second line"),
+    ],
+)
+def test_a_model_that_does_not_take_the_data(error: Exception, reason: str) -> None:
+    with pytest.raises(ModelError, match=rf"one sample of digits, shape \(1, 3\): {reason}$"):
+        check_fit(_Fails(error), torch.zeros(1, 3), 2, "digits")

@@ -92,6 +92,12 @@ def test_options_that_do_not_fit(
     assert not any(tmp_path.iterdir())
 
 
+def test_batches_to_calibrate_on_are_one_or_more(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "net", "--to", "b", "--calibration-batches", "-3"])
+    assert "must be at least 1: -3" in capsys.readouterr().err
+
+
 def test_a_single_file_is_not_replaced_unasked(
     saved: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

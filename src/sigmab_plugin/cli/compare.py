@@ -149,12 +149,17 @@ class Plan:
     names_splits: bool
 
     def path(self, key: str) -> str | None:
-        """A path of the file, relative to the file; names such as ``digits`` stay."""
+        """A path of the file, relative to the file, each of several data files; names such as ``digits`` stay."""
         value = self.values[key]
         if value is None:
             return None
+        if key == "data" and "," in value and not (self.folder / value).exists():
+            return ",".join(self._beside(part.strip()) for part in value.split(",") if part.strip())
+        return self._beside(value)
+
+    def _beside(self, value: str) -> str:
         beside = self.folder / value
-        return str(beside) if beside.exists() else str(value)
+        return str(beside) if beside.exists() else value
 
 
 def read_plan(file: Path) -> Plan:
@@ -187,6 +192,8 @@ def read_plan(file: Path) -> Plan:
             raise ConfigError(
                 f"{file}: runs[{position}] must be an object with 'name' and 'compression' alone"
             )
+        if not _is_text(run["name"]):
+            raise ConfigError(f"{file}: runs[{position}]: 'name' must be a text; got {_shown(run['name'])}")
         sections = run["compression"]
         sections = [sections] if isinstance(sections, Mapping) else sections
         if not isinstance(sections, list) or not all(isinstance(section, Mapping) for section in sections):
@@ -194,7 +201,7 @@ def read_plan(file: Path) -> Plan:
                 f"{file}: runs[{position}]: 'compression' must be a section or a list of them, such as "
                 f'{{"algorithm": "legonet"}}; got {_shown(sections)}'
             )
-        runs.append(Run(str(run["name"]), tuple(dict(section) for section in sections)))
+        runs.append(Run(run["name"], tuple(dict(section) for section in sections)))
     values = {**DEFAULTS, **content}
     splits = ("train_split", "validation_split", "test_split")
     if len({values[key] for key in splits}) < len(splits):

@@ -102,13 +102,18 @@ class Comparison:
         """All rows: the dense network, the runs in order, each tree's twin after the first run that has it.
 
         Raises:
-            ConfigError: two runs of one name, or a list of sections that makes no sense; before anything runs.
+            ConfigError: two runs of one name, one of the dense network's name, or a list of sections that makes
+                no sense; before anything runs.
         """
         from ..techniques.compose import parse_sections
 
         names = [run.name for run in runs]
         if len(set(names)) != len(names):
             raise ConfigError(f"two runs have the same name: {', '.join(sorted(names))}")
+        if "dense" in names:
+            raise ConfigError(
+                "the row 'dense' is the network as given, which is always there: name the run otherwise"
+            )
         for run in runs:
             try:
                 parse_sections(run.sections, self.techniques)
@@ -121,7 +126,11 @@ class Comparison:
             tree = _tree_prefix(run.sections)
             if self.twins and tree and self._key(tree) not in twins_done:
                 twins_done.add(self._key(tree))
-                outcomes.append(self._outcome(Run(_twin_name(run, tree), tree), "twin"))
+                name = _twin_name(run, tree)
+                name += (
+                    f" ({run.name})" if name in {*names, *(outcome.row.name for outcome in outcomes)} else ""
+                )
+                outcomes.append(self._outcome(Run(name, tree), "twin"))
         return outcomes
 
     # One row ----------------------------------------------------------------------------------------

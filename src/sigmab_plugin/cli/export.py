@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .options import add_folder_options, open_data, pick_device
+from .options import add_folder_options, open_data, pick_device, positive
 
 if TYPE_CHECKING:
     from ..deploy import Manifest
@@ -57,7 +57,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="shape of one sample, for example 3,224,224; instead of --data",
     )
     parser.add_argument(
-        "--calibration-batches", type=int, default=8, metavar="N", help="batches used for int8 (default 8)"
+        "--calibration-batches",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="batches used for int8 (default 8)",
     )
     add_folder_options(parser, data_required=False, split="train")
     return parser
@@ -105,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
         from ..data import Loader
 
         batches = Loader(open_data(args), batch_size=args.batch_size)
-        calibration = [batch[0] for batch in islice(batches, max(1, args.calibration_batches))]
+        calibration = [batch[0] for batch in islice(batches, args.calibration_batches)]
         example = calibration[0]
         if torch.is_tensor(example):
             example = example[:2]

@@ -60,8 +60,8 @@ def check_fit(module: nn.Module, example: Any, classes: int, data: str) -> None:
     try:
         with hard_routing(module), torch.no_grad():
             logits = module(*as_arguments(example))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a forward pass may raise anything
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"the model does not take one sample of {data}, shape {shapes}: {reason}") from error
     if torch.is_tensor(logits) and logits.ndim == 2 and logits.shape[1] < classes:
         raise ModelError(
