@@ -92,6 +92,21 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], str], Any], str]] = {
         lambda m, code: _graph(m)["nodes"][0].update(target="torch.ops.aten.from_file.default"),
         "no place in a program",
     ),
+    "saving": (
+        lambda m, code: _graph(m)["nodes"][0].update(target="torch.ops.aten.save.default"),
+        "no place in a program",
+    ),
+    "path-for-a-library": (
+        lambda m, code: _graph(m)["nodes"][0].update(
+            target="torch.ops.image.decode.default",
+            inputs=[{"name": "at", "arg": {"as_string": "/etc/passwd"}, "kind": 1}],
+        ),
+        "its as_string is '/etc/passwd'",
+    ),
+    "comment": (
+        lambda m, code: _graph(m)["nodes"][0]["metadata"].update(torch_fn=f"a;b\n{code}"),
+        "its torch_fn has several lines",
+    ),
     "guard": (lambda m, code: m.update(guards_code=[code]), "its guards_code is"),
     "argument": (
         lambda m, code: m["graph_module"]["module_call_graph"][0]["signature"].update(

@@ -31,9 +31,12 @@ _EXAMPLES = ("data/sample_inputs/model.pt", "serialized_example_inputs.pt")
 _TENSORS = re.compile(r"(weight|tensor)_\d+", re.ASCII)
 _IDENTIFIER = re.compile(r"([A-Za-z_]\w*)?", re.ASCII)
 _WORD = re.compile(r"[\w.@+:-]*", re.ASCII)
-#: Where any text may be: an operation's arguments (a padding mode, a message), and where it comes from in the model.
-_NODES = r"/graph_module/graph/nodes(/inputs/arg/as_graph/graph/nodes)*"
-_FREE = re.compile(_NODES + r"/(inputs/arg/as_strings?|metadata/\w+)", re.ASCII)
+#: Where any text may be: arguments of ATen's operations (a padding mode, a message), and where an operation comes from
+#: in the model. "!" stands behind nodes with operations of others.
+_FREE = re.compile(
+    r"/graph_module/graph/nodes((/!)?/inputs/arg/as_graph/graph/nodes)*(/inputs/arg/as_strings?|(/!)?/metadata/\w+)",
+    re.ASCII,
+)
 _SYMBOL = re.compile(r"[a-z]+\d+", re.ASCII)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
 
@@ -53,7 +56,7 @@ _TORCHS_OWN = re.compile(
     r"_c10d_functional(_autograd)?|_dtensor|_native|_test|c10d|debug_mode_ops|debugprims|export|fsdp|higher_order"
     r"|inductor|inductor_prims|onednn|prepacked|prim|profiler|rngprims|static_runtime|streams|symm_mem"
 )
-_FILE_OPERATIONS = ("from_file", "load", "save")
+_FILE_OPERATIONS = re.compile(r"(\w*_)?(files?|load|save|read|write|open)(_\w*)?", re.ASCII)
 
 #: What sizes are made of: SymPy's functions and torch's.
 _EXPRESSION_NAMES = re.compile(
@@ -117,6 +120,8 @@ def _files(data: bytes) -> dict[str, bytes]:
 def _check(value: Any, place: str) -> None:
     """Every text in ``value`` by what torch does with it; ``place`` is the keys that lead to ``value``."""
     if isinstance(value, dict):
+        if place.endswith("/nodes") and not str(value.get("target")).startswith("torch.ops.aten."):
+            place += "/!"
         for name, inner in value.items():
             if not _WORD.fullmatch(name):
                 raise FormatError(f"it holds the name {name[:80]!r}")
@@ -126,8 +131,15 @@ def _check(value: Any, place: str) -> None:
             _check(inner, place)
     elif place.endswith("/use_pickle") and value is not False:
         raise FormatError("a tensor of it is pickled")
-    elif isinstance(value, str) and not _FREE.fullmatch(place):
-        _check_text(value, place.rpartition("/")[2])
+    elif isinstance(value, str):
+        key = place.rpartition("/")[2]
+        if not _FREE.fullmatch(place):
+            _check_text(value, key)
+        elif "\n" in value and key not in (
+            "as_string",
+            "stack_trace",
+        ):  # compilers write the others into comments
+            raise FormatError(f"its {key} has several lines")
 
 
 def _check_text(text: str, key: str) -> None:
@@ -148,7 +160,9 @@ def _check_operation(text: str) -> None:
     operator = _OPERATOR.fullmatch(text)
     if operator is None and not _FUNCTIONS.fullmatch(text):
         raise FormatError(f"{text[:80]!r} is no operation that an exported program has")
-    if operator is not None and (_TORCHS_OWN.fullmatch(operator[1]) or operator[2] in _FILE_OPERATIONS):
+    if operator is not None and (
+        _TORCHS_OWN.fullmatch(operator[1]) or _FILE_OPERATIONS.fullmatch(operator[2])
+    ):
         raise FormatError(f"operation {text[:80]!r} has no place in a program")
 
 
