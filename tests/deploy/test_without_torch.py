@@ -17,6 +17,17 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
+def test_the_runner_is_imported_without_torch(run_python: Callable[..., Any], bundle: Path) -> None:
+    done = run_python(
+        "import sys; sys.modules['torch'] = None\n"
+        "from sigmab_plugin.deploy import Runner, read_manifest\n"
+        "import sigmab_plugin.deploy.backends.onnxruntime, sigmab_plugin.deploy.onnx_graph\n"
+        f"print(len(read_manifest({str(bundle)!r}).nodes))"
+    )
+    assert done.stdout.split() == ["7"]
+
+
+@pytest.mark.slow
 def test_an_onnx_bundle_runs_without_torch(run_python: Callable[..., Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
