@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from ..tuning import TrainRecipe
     from .comparison import Outcome, Run
 
-_log = logging.getLogger(__name__)
 
 #: Keys of the file, with their defaults; a key without a default is required.
 DEFAULTS: dict[str, Any] = {
@@ -49,8 +47,6 @@ DEFAULTS: dict[str, Any] = {
 REQUIRED = ("model", "data", "runs")
 #: Share of data without splits that the accuracy is measured on, and that nothing else sees.
 TEST_FRACTION = 0.2
-#: Share of the epochs that the warm-up takes where the file does not say.
-WARMUP_FRACTION = 0.1
 #: Keys of which another value means other rows. The comparison knows the rest by itself, the data by its content.
 DECISIVE = (
     "model",
@@ -225,14 +221,7 @@ def read_recipe(fields: Mapping[str, Any], epochs: int) -> TrainRecipe:
 
     recipe = TrainRecipe.from_dict(fields) if fields else as_recipe(DEFAULT)
     if "warmup_epochs" not in fields:
-        recipe = recipe.replace(warmup_epochs=min(recipe.warmup_epochs, WARMUP_FRACTION * epochs))
-    if epochs and recipe.warmup_epochs >= epochs:
-        _log.warning(
-            "a warm-up of %g epochs leaves none of the %d to train at the learning rate asked for: give a smaller "
-            "'warmup_epochs' or more 'epochs'",
-            recipe.warmup_epochs,
-            epochs,
-        )
+        recipe = recipe.fitted(epochs)
     return recipe
 
 

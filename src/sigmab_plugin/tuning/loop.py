@@ -68,8 +68,7 @@ def finetune(
             :class:`~sigmab_plugin.data.Loader` goes by its own seed instead of this one.
         epochs: total number, those of an earlier, resumed call included; by default the recipe's.
         recipe: ``"default"``, a published one (``"imagenet"``, ``"cifar100"``, ``"modelnet40"``) or a
-            :class:`TrainRecipe`. The warm-up of a recipe that is named takes a tenth of the epochs at most where
-            these are fewer than its own.
+            :class:`TrainRecipe`. The warm-up of a recipe that is named takes a tenth of the epochs at most.
         val_loader: evaluated after each epoch, trees in hard routing; decides which epoch is best.
         teacher: dense network whose logits are distilled into every leaf, with the recipe's weight, or 1
             where the recipe has none. Moved to ``device`` for the run and put back.

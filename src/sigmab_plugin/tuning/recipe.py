@@ -78,9 +78,7 @@ class TrainRecipe(TechniqueConfig):
             )
 
     def fitted(self, epochs: int) -> TrainRecipe:
-        """With a warm-up of at most a tenth of a run of ``epochs``, for a recipe that was made for more of them."""
-        if epochs >= self.epochs:
-            return self
+        """With a warm-up of at most a tenth of a run of ``epochs``, which may be fewer than the recipe was made for."""
         return self.replace(warmup_epochs=min(self.warmup_epochs, _WARMUP_SHARE * epochs))
 
     @classmethod
@@ -93,7 +91,7 @@ class TrainRecipe(TechniqueConfig):
         return _lookup(name, _PUBLISHED)
 
 
-#: Share of the epochs that the warm-up takes at most where a recipe is used for fewer than it was made for.
+#: Share of the epochs that the warm-up of a recipe that was made for other runs takes at most.
 _WARMUP_SHARE = 0.1
 #: Name of the recipe that is used where none is asked for.
 DEFAULT = "default"
