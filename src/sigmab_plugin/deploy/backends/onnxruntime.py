@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from functools import cache
 from typing import Any
 
 from ...errors import FormatError
@@ -33,6 +34,22 @@ class _Bound:
         return tuple(value.numpy() for value in results)
 
 
+@cache
+def _share_arena() -> None:
+    """One arena for the sessions of all nodes, once per process.
+
+    Nodes compute one after the other, but an arena keeps what it once took. One per session would hold for
+    each node what its graph expands from fewer bits, and its activations, long after its weights were dropped.
+    """
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    exact_size = ort.OrtArenaCfg({"arena_extend_strategy": 1})
+    try:
+        ort.create_and_register_allocator(place, exact_size)
+    except RuntimeError as error:
+        if "already been registered" not in str(error):  # the application's own arena serves as well
+            raise
+
+
 class OnnxRuntime:
     """CPU execution. ``threads`` is per inference; None leaves the choice to ONNX Runtime."""
 
@@ -55,6 +72,7 @@ class OnnxRuntime:
         native = manifest.layout == "native"
         levels = ort.GraphOptimizationLevel
         self._level = levels.ORT_DISABLE_ALL if native else levels.ORT_ENABLE_EXTENDED
+        _share_arena()
 
     def program(self, node: Node, data: bytes) -> Any:
         options = ort.SessionOptions()
@@ -62,6 +80,8 @@ class OnnxRuntime:
         options.log_severity_level = 3
         # The sessions of other nodes need the cores between two runs of this one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.enable_mem_pattern = False  # plans a block per input shape, which the arena would keep, too
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         try:
