@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from array import array
@@ -145,8 +146,8 @@ class Statistics:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The value at rank ``q`` (nearest rank) of ``values``; 0 without values."""
+    """The smallest of ``values`` that a share ``q`` of them do not exceed (nearest rank); 0 without values."""
     if not values:
         return 0.0
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
