@@ -377,3 +377,15 @@ def test_a_backbone_outside_the_bundle(
     with Runner(tmp_path / "b", backbone=net.backbone, prefetch="both", trace=100) as runner:
         np.testing.assert_allclose(runner.map(images), expected[0].numpy(), atol=1e-5)
         assert runner.trace.events("compute")[0].node == "backbone"
+
+    def failing(x: Tensor) -> Tensor:
+        raise RuntimeError("no more")
+
+    with Runner(tmp_path / "b", backbone=failing, prefetch="both", retain=False) as runner:
+        with pytest.raises(RuntimeError, match="no more"):
+            runner(images[:1])
+        assert runner.statistics().prefetches == 3  # the root and its children, not kept
+        deadline = time.monotonic() + 5
+        while runner.statistics().resident_bytes and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert runner.statistics().resident_bytes == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,10 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from sigmab_plugin.deploy import Runner, read_manifest
+from sigmab_plugin.deploy import Runner, read_manifest, storage
 from sigmab_plugin.deploy.manifest import PAGE, FileEntry, Node, Region
 from sigmab_plugin.deploy.storage import DEMAND, PREFETCH, Checksum, Job, Reader
-from sigmab_plugin.deploy.tracing import Latencies, Trace
+from sigmab_plugin.deploy.tracing import Latencies, Trace, quantile
 from sigmab_plugin.errors import ConfigError, FormatError
 
 
@@ -170,6 +172,80 @@ def test_a_file_system_that_refuses_direct_reads(
         assert runner(images[:1]).shape == (1, 10)
         assert runner._residency.reader.mode == "dropped"
     assert caplog.text.count("cannot be read past the page cache") == 1
+
+
+@pytest.mark.parametrize("io", ["auto", "direct", "cached"])
+def test_a_system_without_direct_reads(
+    bundle: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, io: str
+) -> None:
+    """As macOS: asked for, they are an error; left to the runner, it says what it does."""
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    if io == "direct":
+        with pytest.raises(ConfigError, match="no direct reads"):
+            Runner(bundle, io=io)
+        return
+    with Runner(bundle, io=io) as runner:
+        assert runner(images[:1]).shape == (1, 10)
+        assert runner._residency.reader.mode == "cached"
+    assert caplog.text.count("page cache") == (io == "auto")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("io", ["auto", "cached"])
+@pytest.mark.parametrize("which", ["weights", "program"])
+def test_a_pipe_in_place_of_an_artefact_is_refused(
+    own_bundle: Path, images: Tensor, which: str, io: str
+) -> None:
+    """Reading it would wait for someone who writes."""
+    file = own_bundle / getattr(read_manifest(own_bundle).node(""), which).file
+    file.unlink()
+    os.mkfifo(file)
+    ended: list[Any] = []
+    with Runner(own_bundle, io=io) as runner:
+
+        def call() -> None:
+            try:
+                ended.append(runner(images[:1]))
+            except FormatError as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join(5)
+        if thread.is_alive():  # let it go, so that the test can fail
+            os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
+            thread.join(5)
+    assert re.search("node 'root'.*not a regular file", str(ended[0]))
+
+
+@pytest.mark.parametrize(("rate", "chunk"), [(1.0, PAGE), (10e6, 3 * PAGE), (500e6, 123 * PAGE)])
+def test_a_chunk_is_a_millisecond_of_the_bus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, chunk: int
+) -> None:
+    sizes: list[int] = []
+    read = storage._read_at
+
+    def noting(file: int, view: memoryview, position: int) -> int:
+        sizes.append(len(view))
+        return read(file, view, position)
+
+    monkeypatch.setattr(storage, "_read_at", noting)
+    reader = Reader(
+        tmp_path, bandwidth=rate, mode="cached", verify="off", trace=Trace(0), finished=lambda job: None
+    )
+    reader.submit(Job(_node(tmp_path, "a", 256), PREFETCH))
+    while not sizes:
+        time.sleep(1e-3)
+    reader.close()
+    assert sizes[0] == chunk
+
+
+def test_quantiles_are_nearest_ranks() -> None:
+    assert quantile([], 0.5) == 0
+    assert [quantile([3.0, 1.0, 2.0, 4.0], q) for q in (0.0, 0.25, 0.5, 0.51, 1.0)] == [1, 1, 2, 3, 4]
+    assert quantile(range(1, 101), 0.95) == 95
+    assert quantile(range(1, 101), 0.99) == 99
 
 
 def test_latencies_keep_the_last_ones() -> None:

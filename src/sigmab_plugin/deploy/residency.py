@@ -9,8 +9,9 @@ from __future__ import annotations
 import mmap
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,17 @@ class Residency:
         self.hits = self.misses = self.evictions = self.faults = 0
         self.prefetches = self.prefetches_cancelled = 0
         self.wait_seconds = 0.0
+        # Whoever drops this without closing it gets memory and thread back: the thread must not keep it.
+        finished = weakref.WeakMethod(self._finished)
+
+        def tell(job: Job) -> None:
+            if (method := finished()) is not None:
+                method(job)
+
         self.reader = Reader(
-            directory, bandwidth=bandwidth, mode=mode, verify=verify, trace=trace, finished=self._finished
+            directory, bandwidth=bandwidth, mode=mode, verify=verify, trace=trace, finished=tell
         )
+        weakref.finalize(self, self.reader.stop).atexit = False
 
     def acquire(self, path: str, *, underway: Callable[[], None] | None = None) -> Any:
         """The bound node, pinned until :meth:`release`; reads it if it is not in memory.
@@ -112,8 +121,9 @@ class Residency:
                 raise
             finally:
                 slot.wanted -= 1
-                waited = time.perf_counter() - begin
-                self.wait_seconds += waited
+                self.wait_seconds += time.perf_counter() - begin
+                if self._closed:  # in vain: close() has spared what this call waited for
+                    self.drop_all()
             self._trace.add("wait", path, begin)
             return slot.bound
 
@@ -183,20 +193,22 @@ class Residency:
         with self._changed:
             slot = self._slots[path]
             slot.pins -= 1
-            if slot.pins == 0 and not self._retain:
+            if slot.pins == 0 and (self._closed or not self._retain):
                 self._drop(slot)
             self._changed.notify_all()
 
-    def prefetch(self, path: str, rank: int = 0) -> bool:
+    def prefetch(self, path: str, rank: int = 0, *, beside: Sequence[str] = ()) -> bool:
         """Start reading a node ahead of need; False if it is here already or there is no room.
 
-        Of several the lower ``rank`` is read first; equal ranks take turns.
+        Of several the lower ``rank`` is read first; equal ranks take turns. While one of ``beside`` is in
+        memory, only free room is used.
         """
         with self._changed:
             slot = self._slots[path]
             if slot.present or self._closed or self._queue:
                 return False
-            if not self._make_room(slot.cost, prefetch=True):
+            evict = all(self._slots[other].bound is None for other in beside)
+            if not self._make_room(slot.cost, prefetch=True, evict=evict):
                 return False
             self.prefetches += 1
             self._start(slot, PREFETCH, rank)
@@ -210,8 +222,7 @@ class Residency:
             if job is None or slot.wanted or slot.binding:
                 return
             if job.priority == PREFETCH and not job.done.is_set():
-                job.cancelled = True
-                self.prefetches_cancelled += 1
+                self._stop(job)
             elif job.done.is_set() and not self._retain:
                 self._forget(slot)
 
@@ -241,11 +252,12 @@ class Residency:
         self.drop_all()
 
     def _start(self, slot: _Slot, priority: int, rank: int = 0) -> Job:
-        slot.job = Job(slot.node, priority, rank)
+        job = Job(slot.node, priority, rank)
+        self.reader.submit(job)
+        slot.job = job
         self.resident_bytes += slot.cost
         self.peak_resident_bytes = max(self.peak_resident_bytes, self.resident_bytes)
-        self.reader.submit(slot.job)
-        return slot.job
+        return job
 
     def _finished(self, job: Job) -> None:
         with self._changed:
@@ -255,6 +267,12 @@ class Residency:
                 self._forget(slot)
             job.done.set()
             self._changed.notify_all()
+
+    def _stop(self, job: Job) -> None:
+        """Once: it may be asked for again while the reading thread is still in its last chunk."""
+        if not job.cancelled:
+            job.cancelled = True
+            self.prefetches_cancelled += 1
 
     def _forget(self, slot: _Slot) -> None:
         slot.job = None
@@ -268,13 +286,15 @@ class Residency:
         now = time.perf_counter()
         self._trace.add("evict", slot.node.path, now)
 
-    def _make_room(self, cost: int, *, prefetch: bool) -> bool:
+    def _make_room(self, cost: int, *, prefetch: bool, evict: bool = True) -> bool:
         """Evict until ``cost`` bytes fit. A prefetch gives way to what is in memory and in use."""
         if self._budget is None:
             return True
         excess = self.resident_bytes + cost - self._budget
         if excess <= 0:
             return True
+        if not evict:
+            return False
         # The backbone is needed by every inference: it stays.
         idle = sorted(
             (
@@ -301,7 +321,6 @@ class Residency:
                 self._forget(slot)
             elif slot.job is not None:
                 # Its memory is free only when the reading thread has let go of it.
-                slot.job.cancelled = True
-                self.prefetches_cancelled += 1
+                self._stop(slot.job)
                 pending = True
         return not pending

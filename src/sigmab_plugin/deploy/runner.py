@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
-import logging
-import mmap
 import threading
 import time
 from collections import Counter
@@ -19,17 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, FormatError, SigmaBError
-from . import codebooks
+from ..errors import ConfigError, SigmaBError
 from . import frontier as frontiers
 from .backends import open_backend
 from .frontier import Array, Frontier
 from .manifest import Node, read_manifest
+from .programs import Programs
 from .residency import Residency
 from .storage import VERIFY
 from .tracing import Latencies, Statistics, Trace, quantile
-
-_log = logging.getLogger(__name__)
 
 PREFETCH = ("none", "both", "likely")
 IO = ("auto", "direct", "cached")
@@ -62,7 +57,8 @@ class Runner:
         budget_bytes: weights in memory at most, reads under way included; None for no limit. The least
             recently used node makes room; the backbone stays.
         prefetch: "none"; "both" starts to read all children while their parent computes, the likelier one
-            first (about equally likely ones in turns), and stops the others once the router has chosen;
+            first (about equally likely ones in turns), and stops the others once the router has chosen; beside
+            a child that is in memory it reads only into free room;
             "likely" reads only the child that was chosen most often so far.
         bandwidth: bytes a second that reads may take, to stand in for a slow bus; None for no limit.
         io: "auto" and "direct" read past the page cache ("auto" drops pages after reading where the file
@@ -109,7 +105,7 @@ class Runner:
         _check_count("budget_bytes", budget_bytes, 0)
         _check_count("threads", threads, 1)
         _check_count("trace", trace, 0)
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()
         self.manifest = read_manifest(self.directory)
         if self.manifest.requires.get("backbone", False) != (backbone is not None):
             raise ConfigError(
@@ -128,14 +124,8 @@ class Runner:
             )
         self._prefetch = prefetch
         self._nodes = {node.path: node for node in self.manifest.nodes}
-        self._expanded = {
-            node.path: codebooks.expanded_node(node)
-            for node in self.manifest.nodes
-            if "codebook" in node.extra
-        }
         self._leaf_index = {path: index for index, path in enumerate(self.manifest.leaves)}
-        self._programs: dict[str, Any] = {}
-        self._program_lock = threading.Lock()
+        self._programs = Programs(self.manifest, self._backend, self.directory)
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
         self._closed = False
@@ -144,7 +134,7 @@ class Runner:
         self._choices: dict[str, Counter[str]] = {node.path: Counter() for node in self.manifest.nodes}
         self._residency = Residency(
             self.manifest,
-            self._bind,
+            self._programs.bind,
             budget=budget_bytes,
             factor=factor,
             retain=retain,
@@ -180,24 +170,36 @@ class Runner:
     async def arun(self, inputs: Any) -> Array:
         """:meth:`__call__` without blocking the event loop."""
         with self._lock:
+            self._check_open()
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(thread_name_prefix="sigmab-run")
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self, inputs)
+            future = asyncio.get_running_loop().run_in_executor(self._executor, self, inputs)
+        return await future
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SigmaBError("the runner is closed")
 
     def run(self, inputs: Any) -> Result:
         """Logits and leaves of a batch."""
-        if self._closed:
-            raise SigmaBError("the runner is closed")
+        self._check_open()
         begin = time.perf_counter()
-        if self._given_backbone is not None:
-            if self._prefetch != "none":
-                self._residency.prefetch("")
-                self._read_ahead(self._nodes[""], ())
-            with self.trace.span("compute", "backbone"):
-                inputs = self._given_backbone(*inputs if isinstance(inputs, (tuple, list)) else (inputs,))
-        arrays = frontiers.as_arrays(inputs, self._nodes[""].inputs, modality=self.manifest.modality)
         parts: list[tuple[Array, str, Frontier]] = []
-        self._visit("", arrays, None, (), parts)
+        ahead: list[str] = []
+        try:
+            if self._given_backbone is not None:
+                if self._prefetch != "none":
+                    if self._residency.prefetch(""):
+                        ahead.append("")
+                    self._read_ahead(self._nodes[""], (), ahead)
+                with self.trace.span("compute", "backbone"):
+                    inputs = self._given_backbone(*inputs if isinstance(inputs, (tuple, list)) else (inputs,))
+            arrays = frontiers.as_arrays(inputs, self._nodes[""].inputs, modality=self.manifest.modality)
+            self._visit("", arrays, None, (), parts, ahead)
+        except BaseException:
+            for path in ahead:
+                self._residency.cancel(path)
+            raise
         total = sum(len(index) for index, _, _ in parts)
         logits = np.empty((total, *parts[0][2][0].shape[1:]), parts[0][2][0].dtype)
         leaves = np.empty(total, np.int64)
@@ -214,22 +216,16 @@ class Runner:
         index: Array | None,
         upcoming: tuple[str, ...],
         parts: list[tuple[Array, str, Frontier]],
+        ahead: list[str],
     ) -> None:
         """Run ``path`` for samples ``index`` (None: all), then its chosen children.
 
-        ``upcoming`` are nodes that other samples of the batch will need next.
+        ``upcoming`` are nodes that other samples of the batch will need next. Outputs of leaves are added to
+        ``parts``, nodes whose read was started ahead of need to ``ahead``.
         """
         node = self._nodes[path]
-        ahead: list[str] = []
         # The children's reads queue behind this node's own, so that the bus does not idle while it is bound.
-        try:
-            bound = self._residency.acquire(
-                path, underway=lambda: ahead.extend(self._read_ahead(node, upcoming))
-            )
-        except BaseException:
-            for child in ahead:
-                self._residency.cancel(child)
-            raise
+        bound = self._residency.acquire(path, underway=lambda: self._read_ahead(node, upcoming, ahead))
         try:
             with self.trace.span("compute", path):
                 outputs = bound(inputs)
@@ -241,7 +237,7 @@ class Runner:
             parts.append((np.arange(count) if index is None else index, path, outputs))
             return
         if len(node.children) == 1:
-            self._visit(node.children[0], outputs, index, upcoming, parts)
+            self._visit(node.children[0], outputs, index, upcoming, parts, ahead)
             return
         frontier, logits = outputs[:-1], outputs[-1]
         if index is None:
@@ -249,20 +245,21 @@ class Runner:
         branch = logits.argmax(axis=1)
         chosen = [k for k in range(len(node.children)) if (branch == k).any()]
         wanted = [node.children[k] for k in chosen]
-        for child in ahead:
-            if child not in wanted:
+        for child in node.children:
+            if child in ahead and child not in wanted:
                 self._residency.cancel(child)
         with self._lock:
             self._choices[path].update({node.children[k]: int((branch == k).sum()) for k in chosen})
         for position, k in enumerate(chosen):
             rows = np.flatnonzero(branch == k)
             part = frontier if len(chosen) == 1 else frontiers.take(frontier, rows, self.manifest.modality)
-            self._visit(node.children[k], part, index[rows], (*wanted[position + 1 :][:1], *upcoming), parts)
+            after = (*wanted[position + 1 :][:1], *upcoming)
+            self._visit(node.children[k], part, index[rows], after, parts, ahead)
 
-    def _read_ahead(self, node: Node, upcoming: tuple[str, ...]) -> list[str]:
-        """Start reads that may be needed after ``node``; returns the guesses among them."""
+    def _read_ahead(self, node: Node, upcoming: tuple[str, ...], ahead: list[str]) -> None:
+        """Start reads that may be needed after ``node``; adds their nodes to ``ahead``."""
         if self._prefetch == "none":
-            return []
+            return
         guesses = list(node.children)
         ranks = [0] * len(guesses)
         if len(guesses) > 1:
@@ -276,33 +273,14 @@ class Runner:
             if self._prefetch == "likely":
                 guesses = guesses[:1]
                 ranks = ranks[:1]
-        ordered = zip(guesses, ranks, strict=True)
-        started = [child for child, rank in ordered if self._residency.prefetch(child, rank)]
         if not node.children:
-            for path in upcoming[:1]:
-                self._residency.prefetch(path)
-        return started
-
-    def _bind(self, node: Node, buffer: mmap.mmap | None) -> Any:
-        with self._program_lock:
-            program = self._programs.get(node.path)
-            if program is None:
-                program = self._backend.program(node, self._program_bytes(node))
-                self._programs[node.path] = program
-        expanded = self._expanded.get(node.path)
-        if expanded is not None and buffer is not None:
-            node, buffer = expanded, codebooks.expand(node, expanded, buffer)
-        return self._backend.bind(node, program, buffer)
-
-    def _program_bytes(self, node: Node) -> bytes:
-        name = f"artefact of node {node.path or 'root'!r} cannot be loaded: {node.program.file}"
-        try:
-            data = (self.directory / node.program.file).read_bytes()
-        except OSError as error:
-            raise FormatError(f"{name}: {error.strerror}. Restore it or export again.") from error
-        if len(data) != node.program.nbytes or hashlib.sha256(data).hexdigest() != node.program.sha256:
-            raise FormatError(f"{name} does not match its sha256. Restore it or export again.")
-        return data
+            guesses = list(upcoming[:1])
+            ranks = [0] * len(guesses)
+        # A guess beside a child that is here already may be in vain: the path taken last is not evicted for it.
+        beside = node.children if self._prefetch == "both" else ()
+        for path, rank in zip(guesses, ranks, strict=True):
+            if self._residency.prefetch(path, rank, beside=beside):
+                ahead.append(path)
 
     def warm(self, paths: Sequence[str] | None = None) -> None:
         """Load nodes now, all or ``paths``; if they exceed the budget, the last ones stay.
@@ -383,9 +361,10 @@ class Runner:
 
     def close(self) -> None:
         """Stop reading and drop everything. Calls under way end or raise."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         if self._executor is not None:
             self._executor.shutdown(wait=True)
         self._residency.close()

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError, SigmaBError
 from .manifest import PAGE, Node, round_up
 from .tracing import Trace
 
@@ -47,12 +47,10 @@ class TokenBucket:
         """A transfer starts now, or when the bus is free."""
         self._free_at = max(self._free_at, time.perf_counter())
 
-    def take(self, nbytes: int) -> None:
-        """Return when ``nbytes`` more have come over the bus."""
+    def take(self, nbytes: int) -> float:
+        """Seconds until ``nbytes`` more have come over the bus; 0 or less if they have."""
         self._free_at += nbytes / self._rate
-        delay = self._free_at - time.perf_counter()
-        if delay > 0:
-            time.sleep(delay)
+        return self._free_at - time.perf_counter()
 
 
 class Job:
@@ -129,7 +127,11 @@ class Reader:
             system can.
         verify: "fast", "full" or "off": how each region is compared with its sha256, see :class:`Checksum`.
         chunk: bytes per read call.
-        finished: called on the reading thread when a job ends, whatever way.
+        finished: called on the reading thread when a job ends, whatever way. The thread keeps alive what it
+            refers to, until :meth:`stop`.
+
+    Raises:
+        ConfigError: ``mode="direct"`` on a system without direct reads.
     """
 
     def __init__(
@@ -147,6 +149,10 @@ class Reader:
         self._largest_chunk = chunk
         self.limit(bandwidth)
         self.mode = mode
+        if mode != "cached" and not hasattr(os, "O_DIRECT"):
+            if mode == "direct":
+                raise ConfigError("this system has no direct reads (O_DIRECT): use io='auto' or io='cached'")
+            self._fall_back("the system has no O_DIRECT")
         self._verify = verify
         self._sums: dict[str, bytes] = {}
         self._trace = trace
@@ -158,6 +164,7 @@ class Reader:
         self.bytes_read = 0
         self.reads = 0
         self.read_seconds = 0.0
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="sigmab-reader", daemon=True)
         self._thread.start()
 
@@ -165,11 +172,18 @@ class Reader:
         """Bytes a second from the next chunk on; None for as fast as it goes."""
         chunk = self._largest_chunk
         if bandwidth is not None:  # about 1 ms a chunk, so that a demanded region need not wait long
-            chunk = int(min(chunk, max(bandwidth * 1e-3, 64 << 10)))
-        self._chunk = round_up(chunk, PAGE)
-        self._bucket = None if bandwidth is None else TokenBucket(bandwidth)
+            chunk = min(chunk, int(bandwidth * 1e-3))
+        bucket = None if bandwidth is None else TokenBucket(bandwidth)
+        self._pace = round_up(max(chunk, 1), PAGE), bucket  # at once: the thread may be between two chunks
 
     def submit(self, job: Job) -> None:
+        """Read ``job`` when its turn comes.
+
+        Raises:
+            SigmaBError: in a process forked since, where the reading thread does not exist.
+        """
+        if os.getpid() != self._process:
+            raise SigmaBError("this runner was opened before its process forked: open it after forking")
         with self._wake:
             self._jobs.append((next(self._order), job))
             self._wake.notify()
@@ -178,12 +192,18 @@ class Reader:
         """Let ``job`` overtake what is only prefetched."""
         job.priority = DEMAND
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """End every job and the thread, without waiting for either."""
+        if os.getpid() != self._process:
+            return  # the thread is the parent's, and may have held the lock when the process forked
         with self._wake:
             self._closed = True
             for _, job in self._jobs:
                 job.cancelled = True
             self._wake.notify()
+
+    def close(self) -> None:
+        self.stop()
         self._thread.join()
 
     def _run(self) -> None:
@@ -228,11 +248,12 @@ class Reader:
     def _step(self, job: Job) -> bool:
         """Read one chunk of ``job``; True when the job has ended."""
         region = job.node.weights
+        chunk, bucket = self._pace
         if job.cancelled:
             return True
         if job._file < 0:
             job.started = time.perf_counter()
-            if (bucket := self._bucket) is not None:
+            if bucket is not None:
                 bucket.begin()
             job._file = self._open(self._directory / region.file)
             if os.fstat(job._file).st_size < region.offset + region.nbytes:
@@ -245,7 +266,7 @@ class Reader:
             if self._verify != "off":
                 job._checksum = Checksum(self._verify, self._sums.get(job.node.path))
         assert job.buffer is not None
-        size = min(self._chunk, region.nbytes - job._offset)
+        size = min(chunk, region.nbytes - job._offset)
         with memoryview(job.buffer)[job._offset : job._offset + size] as view:
             got = 0
             while got < size:
@@ -259,8 +280,9 @@ class Reader:
             if job._checksum is not None:
                 job._checksum.update(view)
         job._offset += size
-        if (bucket := self._bucket) is not None:
-            bucket.take(size)
+        if bucket is not None and (delay := bucket.take(size)) > 0:
+            with self._wake:  # a slow bus does not keep close() waiting
+                self._wake.wait_for(lambda: self._closed, delay)
         if job._offset < region.nbytes:
             return False
         if job._checksum is not None:
@@ -271,16 +293,16 @@ class Reader:
         return True
 
     def _open(self, file: Path) -> int:
-        if self.mode in ("auto", "direct") and hasattr(os, "O_DIRECT"):
+        if self.mode in ("auto", "direct"):
             try:
-                return os.open(file, os.O_RDONLY | os.O_DIRECT)
+                return open_regular(file, os.O_DIRECT)
             except OSError as error:
                 if self.mode == "direct" or error.errno not in _REFUSED:
                     raise
-                ordinary = _open_cached(file)  # raises if the fault is the file's, not the file system's
-                self._fall_back(error)
+                ordinary = open_regular(file)  # raises if the fault is the file's, not the file system's
+                self._fall_back(error.strerror)
                 return ordinary
-        return os.open(file, os.O_RDONLY)
+        return open_regular(file)
 
     def _read(self, job: Job, view: memoryview, position: int) -> int:
         try:
@@ -289,21 +311,23 @@ class Reader:
             # Some file systems accept the flag when the file is opened and refuse the read.
             if self.mode != "auto" or error.errno not in _REFUSED:
                 raise
-            ordinary = _open_cached(self._directory / job.node.weights.file)
+            ordinary = open_regular(self._directory / job.node.weights.file)
             os.close(job._file)
             job._file = ordinary
             got = _read_at(job._file, view, position)  # what is wrong with the file fails here too
-            self._fall_back(error)
+            self._fall_back(error.strerror)
         if self.mode == "dropped":
             os.posix_fadvise(job._file, position, got, os.POSIX_FADV_DONTNEED)
         return got
 
-    def _fall_back(self, error: OSError) -> None:
-        self.mode = "dropped" if hasattr(os, "posix_fadvise") else "cached"
+    def _fall_back(self, why: str | None) -> None:
+        drops = hasattr(os, "posix_fadvise")
+        self.mode = "dropped" if drops else "cached"
         _log.warning(
-            "%s cannot be read past the page cache (%s): pages are dropped after reading instead",
+            "%s cannot be read past the page cache (%s): %s",
             self._directory,
-            error.strerror,
+            why,
+            "pages are dropped after reading instead" if drops else "it is read through it",
         )
 
 
@@ -325,9 +349,13 @@ def fresh_memory(nbytes: int) -> mmap.mmap:
     return buffer
 
 
-def _open_cached(file: Path) -> int:
-    """``file`` through the page cache. Raises OSError also for a directory, which opens but cannot be read."""
-    opened = os.open(file, os.O_RDONLY)
+def open_regular(file: Path, flags: int = 0) -> int:
+    """A descriptor of ``file``, to read from.
+
+    Raises OSError also for what opens but is no data: a directory, a device, or a pipe, whose opening and
+    reading would wait for someone who writes.
+    """
+    opened = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | flags)
     if not stat.S_ISREG(os.fstat(opened).st_mode):
         os.close(opened)
         raise OSError(errno.EISDIR, "not a regular file")
