@@ -331,6 +331,8 @@ def test_wrong_inputs_and_closed_runners(bundle: Path, images: Tensor) -> None:
         runner(images[:0])
     with pytest.raises(ConfigError, match="takes 1 inputs; got 2"):
         runner((images, images))
+    with pytest.raises(ConfigError, match="takes 1 inputs; got 2"):
+        runner(images, images)
     with pytest.raises(ConfigError, match=r"must have shape \(batch, 3, 16, 16\); got \(1, 4, 16, 16\)$"):
         runner(torch.zeros(1, 4, 16, 16))
     with pytest.raises(ConfigError, match=r"got \(3, 16, 16\); add the batch dimension: x\[None\]"):

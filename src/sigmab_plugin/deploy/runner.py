@@ -159,21 +159,21 @@ class Runner:
     def leaves(self) -> tuple[str, ...]:
         return self.manifest.leaves
 
-    def __call__(self, inputs: Any) -> Array:
-        """Logits (B, classes) of one input (B = 1) or of a batch."""
-        return self.run(inputs).logits
+    def __call__(self, *inputs: Any) -> Array:
+        """Logits (B, classes) of one input (B = 1) or of a batch. A network of several inputs takes them as such."""
+        return self.run(inputs[0] if len(inputs) == 1 else inputs).logits
 
     def map(self, batch: Any) -> Array:
         """Logits (B, classes) of a batch; each node is loaded once and runs all samples that reach it."""
         return self.run(batch).logits
 
-    async def arun(self, inputs: Any) -> Array:
+    async def arun(self, *inputs: Any) -> Array:
         """:meth:`__call__` without blocking the event loop."""
         with self._lock:
             self._check_open()
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(thread_name_prefix="sigmab-run")
-            future = asyncio.get_running_loop().run_in_executor(self._executor, self, inputs)
+            future = asyncio.get_running_loop().run_in_executor(self._executor, self, *inputs)
         return await future
 
     def _check_open(self) -> None:
@@ -181,7 +181,7 @@ class Runner:
             raise SigmaBError("the runner is closed")
 
     def run(self, inputs: Any) -> Result:
-        """Logits and leaves of a batch."""
+        """Logits and leaves of a batch; several inputs as a tuple."""
         self._check_open()
         begin = time.perf_counter()
         parts: list[tuple[Array, str, Frontier]] = []

@@ -98,7 +98,7 @@ class Latencies:
 class Statistics:
     """Totals since the runner was opened (or :meth:`Runner.reset_statistics`); bytes and seconds.
 
-    ``switches`` counts inferences whose leaf is not the one before; ``hits`` are node uses that found
+    ``inferences`` are calls, of one sample or of a batch; ``switches`` counts samples whose leaf is not the one before; ``hits`` are node uses that found
     the weights in memory or on their way, ``misses`` those that had to ask for a read. Latencies are those
     of the last 10,000 inferences.
     """
@@ -133,12 +133,12 @@ class Statistics:
 
     def __str__(self) -> str:
         rows: dict[str, Any] = {
-            "inferences": self.inferences,
-            "MB read": f"{self.bytes_read / 1e6:.2f} ({self.bytes_per_inference / 1e6:.3f} per inference)",
+            "calls": f"{self.inferences}, of {self.samples} samples",
+            "MB read": f"{self.bytes_read / 1e6:.2f} ({self.bytes_per_inference / 1e6:.3f} per call)",
             "node uses": f"{self.hits} found, {self.misses} read, {self.evictions} evicted",
-            "leaf switches": f"{self.switch_rate:.1%}",
+            "leaf switches": f"{self.switch_rate:.1%} of samples",
             "resident MB": f"{self.resident_bytes / 1e6:.2f}, at most {self.peak_resident_bytes / 1e6:.2f}",
-            "latency ms": f"p50 {self.latency_p50 * 1e3:.2f}  p95 {self.latency_p95 * 1e3:.2f}"
+            "ms per call": f"p50 {self.latency_p50 * 1e3:.2f}  p95 {self.latency_p95 * 1e3:.2f}"
             f"  p99 {self.latency_p99 * 1e3:.2f}",
             "faults": self.faults,
         }
