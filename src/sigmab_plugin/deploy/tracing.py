@@ -98,9 +98,9 @@ class Latencies:
 class Statistics:
     """Totals since the runner was opened (or :meth:`Runner.reset_statistics`); bytes and seconds.
 
-    ``inferences`` are calls, of one sample or of a batch; ``switches`` counts samples whose leaf is not the one before; ``hits`` are node uses that found
-    the weights in memory or on their way, ``misses`` those that had to ask for a read. Latencies are those
-    of the last 10,000 inferences.
+    ``inferences`` are calls, of one sample or of a batch; ``switches`` counts samples whose leaf is not the one
+    before; ``hits`` are node uses that found the weights in memory or on their way, ``misses`` those that had to ask
+    for a read. Latencies are those of the last 10,000 calls.
     """
 
     inferences: int = 0
