@@ -31,6 +31,17 @@ def test_inputs_have_one_batch_size() -> None:
     assert [len(array) for array in ragged] == [4, 1]
 
 
+def test_points_are_sorted_by_sample() -> None:
+    points = (Value("pos", "float32", (None, 3)), Value("batch", "int64", (None,)))
+    for numbers, sorted_ in (([0, 0, 1], True), ([1, 0, 0], False)):
+        inputs = (torch.zeros(3, 3), torch.tensor(numbers))
+        if sorted_:
+            assert len(as_arrays(inputs, points, modality="points")) == 2
+        else:
+            with pytest.raises(ConfigError, match="sorted by sample"):
+                as_arrays(inputs, points, modality="points")
+
+
 @pytest.mark.parametrize(
     "value",
     [torch.zeros(2, 4).bfloat16(), torch.zeros(2, 4).to_sparse(), [[1.0, 2.0], [3.0]]],

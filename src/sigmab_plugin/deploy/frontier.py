@@ -60,6 +60,11 @@ def as_arrays(inputs: Any, wanted: Sequence[Value], *, modality: str) -> Frontie
             raise ConfigError(f"input {position} has no samples: its shape is {array.shape}")
         # Runtimes read bytes as this machine orders them; the name of a type does not tell the order.
         arrays.append(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+    last = arrays[-1]
+    if modality == "points" and last.ndim == 1 and last.dtype.kind == "i" and bool((np.diff(last) < 0).any()):
+        raise ConfigError(
+            "the points must be sorted by sample: the sample numbers, the last input, may not fall"
+        )
     sizes = {array.shape[0] for array in arrays}
     if modality != "points" and len(sizes) > 1:
         raise ConfigError(f"the inputs must have one batch size; got {', '.join(map(str, sorted(sizes)))}")

@@ -93,7 +93,7 @@ def export_single_file(
             with open(Path(work) / name, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(Path(work) / name, file.parent / name)
-    if format == "onnx":
+    if format == "onnx" and overwrite:
         earlier = re.compile(re.escape(file.stem) + r"\.[0-9a-f]{8}\.weights")
         for path in file.parent.iterdir():
             if earlier.fullmatch(path.name) and path.name != names[0]:

@@ -37,6 +37,8 @@ _FREE = re.compile(
     r"/graph_module/graph/nodes((/!)?/inputs/arg/as_graph/graph/nodes)*(/inputs/arg/as_strings?|(/!)?/metadata/\w+)",
     re.ASCII,
 )
+#: Of these the texts of several lines; compilers write the others into comments.
+_LINES = ("as_string", "stack_trace")
 _SYMBOL = re.compile(r"[a-z]+\d+", re.ASCII)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
 
@@ -135,10 +137,7 @@ def _check(value: Any, place: str) -> None:
         key = place.rpartition("/")[2]
         if not _FREE.fullmatch(place):
             _check_text(value, key)
-        elif "\n" in value and key not in (
-            "as_string",
-            "stack_trace",
-        ):  # compilers write the others into comments
+        elif "\n" in value and key not in _LINES:
             raise FormatError(f"its {key} has several lines")
 
 
