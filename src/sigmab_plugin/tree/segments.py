@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,8 +179,8 @@ def _trace(model: nn.Module, names: Sequence[str]) -> fx.Graph:
         graph = _Tracer(names).trace(model)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__}.forward cannot be traced down to {', '.join(names)}: {error}. Move data-dependent "
-            "Python into a submodule, or pass segments=[backbone, level, ..., head]."
+            f"{type(model).__name__}.forward cannot be traced down to {', '.join(names)}{_where(error)}: {error}. Move "
+            "data-dependent Python into a submodule, or pass segments=[backbone, level, ..., head]."
         ) from error
     finally:
         for module, training in was_training.items():
@@ -191,6 +193,15 @@ def _trace(model: nn.Module, names: Sequence[str]) -> fx.Graph:
                 node.target.__name__,
             )
     return graph
+
+
+def _where(error: Exception) -> str:
+    """The last line of the model's own code that the error went through."""
+    library = str(Path(torch.__file__).parent)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename != __file__ and not frame.filename.startswith(library) and frame.line:
+            return f" (line {frame.lineno} of {frame.filename}: {frame.line})"
+    return ""
 
 
 def _call_of(nodes: Sequence[fx.Node], name: str) -> fx.Node:
