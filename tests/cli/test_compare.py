@@ -206,12 +206,13 @@ def test_a_split_that_is_named_must_be_there(tmp_path: Path, capsys: pytest.Capt
 
 def test_recipe_of_the_file() -> None:
     default = as_recipe("default")
-    assert read_recipe({}, 5) == default.replace(warmup_epochs=0.5)
-    assert read_recipe({}, 0).warmup_epochs == 0
-    assert read_recipe({}, 100) == default
+    assert read_recipe({}, 5, batch_size=256) == default.replace(warmup_epochs=0.5)
+    assert read_recipe({}, 0, batch_size=256).warmup_epochs == 0
+    assert read_recipe({}, 100, batch_size=256) == default
+    assert read_recipe({}, 100, batch_size=64) == default.replace(lr=0.025, batch_size=64)
     # As in a recipe's own file, what the file leaves out is the paper's; but the warm-up has to fit.
-    assert read_recipe({"lr": 0.02}, 5) == TrainRecipe(lr=0.02, warmup_epochs=0.5)
-    assert read_recipe({"warmup_epochs": 1.0}, 2).warmup_epochs == 1
+    assert read_recipe({"lr": 0.02}, 5, batch_size=64) == TrainRecipe(lr=0.02, warmup_epochs=0.5)
+    assert read_recipe({"warmup_epochs": 1.0}, 2, batch_size=64).warmup_epochs == 1
 
 
 def test_a_last_batch_of_one_sample_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,8 +128,11 @@ def test_recipes_of_finetune(tmp_path: Path) -> None:
         required = ["finetune", "tree", "--data", "digits", "--out", "tuned"]
         return read_recipe(build_parser().parse_args([*required, *options]))
 
-    assert recipe() == as_recipe("default")
-    assert recipe("--recipe", "cifar100", "--lr", "0.5") == as_recipe("cifar100").replace(lr=0.5)
+    assert recipe("--batch-size", "256") == as_recipe("default")
+    assert recipe() == as_recipe("default").replace(lr=0.025, batch_size=64)
+    assert recipe("--epochs", "3").warmup_epochs == pytest.approx(0.3)
+    assert recipe("--recipe", "modelnet40", "--batch-size", "64") == as_recipe("modelnet40")
+    assert recipe("--recipe", "cifar100", "--lr", "0.5").lr == 0.5
     own = recipe("--recipe", str(tmp_path / "own.json"), "--distill", "2")
     assert own == as_recipe("imagenet").replace(momentum=0.5, distillation_weight=2.0)
 

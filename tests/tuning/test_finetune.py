@@ -341,9 +341,21 @@ def test_the_warm_up_of_a_named_recipe_fits_few_epochs(caplog: pytest.LogCapture
     """Five epochs of a hundred would leave three without any decay: training would end at its highest rate."""
     history = finetune(dense(), loader(), epochs=3, progress=False)
     assert history.last.lr < 0.1 * history.records[0].lr
-    assert not caplog.records
+    assert "warm-up" not in caplog.text
     finetune(dense(), loader(), epochs=1, recipe=QUICK.replace(warmup_epochs=2.0), progress=False)
     assert "a warm-up of 2 epochs leaves none of the 1" in caplog.text
+
+
+def test_a_rate_for_larger_batches_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    finetune(dense(), loader(), epochs=1, progress=False)
+    (record,) = caplog.records
+    assert "for batches of 256, and these have 16: in proportion it would be 0.00625" in record.getMessage()
+    caplog.clear()
+    finetune(
+        dense(), loader(), epochs=1, recipe=as_recipe("default").fitted(1).for_batches(16), progress=False
+    )
+    finetune(dense(), loader(), epochs=1, recipe="modelnet40", progress=False)
+    assert not caplog.records
 
 
 def test_a_device_that_is_not_there() -> None:

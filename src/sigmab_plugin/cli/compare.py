@@ -205,7 +205,7 @@ def read_plan(file: Path) -> Plan:
             f"{file}: {', '.join(splits)} must be three splits; got {', '.join(str(values[key]) for key in splits)}. "
             "What was trained or chosen on gives no test accuracy"
         )
-    recipe = read_recipe(values["finetune"], values["epochs"])
+    recipe = read_recipe(values["finetune"], values["epochs"], batch_size=values["batch_size"])
     names_splits = any(content.get(key) is not None for key in splits)
     return Plan(values, tuple(runs), recipe, file.resolve().parent, names_splits)
 
@@ -215,13 +215,15 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_recipe(fields: Mapping[str, Any], epochs: int) -> TrainRecipe:
+def read_recipe(fields: Mapping[str, Any], epochs: int, *, batch_size: int) -> TrainRecipe:
     """The file's recipe; the default one where it has none. Without ``warmup_epochs`` the warm-up fits ``epochs``."""
     from ..tuning.recipe import DEFAULT, TrainRecipe, as_recipe
 
     recipe = TrainRecipe.from_dict(fields) if fields else as_recipe(DEFAULT)
     if "warmup_epochs" not in fields:
         recipe = recipe.fitted(epochs)
+    if "lr" not in fields:
+        recipe = recipe.for_batches(batch_size)
     return recipe
 
 

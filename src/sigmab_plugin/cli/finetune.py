@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--lr",
         type=float,
         metavar="X",
-        help="peak learning rate (default: the recipe's, which is meant for batches of the recipe's size)",
+        help="peak learning rate (default: the recipe's; of a named one with sgd in proportion to --batch-size)",
     )
     group.add_argument(
         "--distill",
@@ -132,7 +132,7 @@ def train(args: argparse.Namespace, device: Any) -> None:
         say(
             args,
             f"{name}: {args.epochs or recipe.epochs} epochs over {len(samples):,} samples in batches of "
-            f"{args.batch_size} at a learning rate of {recipe.lr:g} (meant for {recipe.batch_size})",
+            f"{args.batch_size} at a learning rate of {recipe.lr:g}",
         )
         checkpoints = args.out / "checkpoints" / role
         history = finetune(
@@ -182,7 +182,7 @@ def read_recipe(args: argparse.Namespace) -> TrainRecipe:
         recipe = TrainRecipe.from_dict(content)
     else:
         recipe = as_recipe(args.recipe)
-        recipe = recipe.fitted(args.epochs or recipe.epochs)
+        recipe = recipe.fitted(args.epochs or recipe.epochs).for_batches(args.batch_size)
     changes = {"lr": args.lr, "distillation_weight": args.distill}
     return recipe.replace(**{key: value for key, value in changes.items() if value is not None})
 

@@ -6,13 +6,14 @@ from .evaluation import Evaluation, balance, evaluate
 from .history import EpochRecord, History
 from .loop import finetune
 from .losses import soft_routing_loss
-from .recipe import TrainRecipe
+from .recipe import TrainRecipe, as_recipe
 
 __all__ = [
     "EpochRecord",
     "Evaluation",
     "History",
     "TrainRecipe",
+    "as_recipe",
     "balance",
     "evaluate",
     "finetune",

@@ -94,7 +94,7 @@ def finetune(
         FormatError: the checkpoint is damaged or belongs to another run: other settings, another network, other
             weights at its start, another teacher, other data.
     """
-    used, total = settings_of(net, recipe, epochs, teacher)
+    used, total = settings_of(net, recipe, epochs, teacher, train_loader)
     fixed = backbone_of(net) if used.freeze_backbone else None
     with (
         preserve_random_state(),

@@ -81,6 +81,15 @@ class TrainRecipe(TechniqueConfig):
         """With a warm-up of at most a tenth of a run of ``epochs``, which may be fewer than the recipe was made for."""
         return self.replace(warmup_epochs=min(self.warmup_epochs, _WARMUP_SHARE * epochs))
 
+    def for_batches(self, size: int) -> TrainRecipe:
+        """With sgd's rate in proportion to batches of ``size`` (the linear rule of Goyal et al., arXiv 1706.02677).
+
+        Trees want it more than other networks: at a rate that is too high the routers send all samples to one leaf.
+        """
+        if self.optimizer != "sgd":
+            return self
+        return self.replace(lr=self.lr * size / self.batch_size, batch_size=size)
+
     @classmethod
     def published(cls, name: str) -> TrainRecipe:
         """The paper's fine-tuning recipe for ``"imagenet"``, ``"cifar100"`` or ``"modelnet40"``.

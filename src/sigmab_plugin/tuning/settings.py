@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError, TrainingError
+from .distributed import world_size
 from .recipe import TrainRecipe, as_recipe
 
 logger = logging.getLogger(__name__)
 
 
 def settings_of(
-    net: nn.Module, given: str | TrainRecipe, epochs: int | None, teacher: nn.Module | None
+    net: nn.Module, given: str | TrainRecipe, epochs: int | None, teacher: nn.Module | None, loader: Any
 ) -> tuple[TrainRecipe, int]:
     """Recipe and epochs as they will be used.
 
@@ -28,6 +30,7 @@ def settings_of(
         raise ConfigError(f"epochs must be at least 1; got {epochs}")
     if isinstance(given, str):
         recipe = recipe.fitted(epochs)
+        _check_batches(recipe, given, loader)
     if recipe.warmup_epochs >= epochs:
         logger.warning(
             "a warm-up of %g epochs leaves none of the %d to train at the learning rate asked for: give a smaller "
@@ -46,6 +49,26 @@ def settings_of(
         recipe = recipe.replace(distillation_weight=1.0)
     _check_trainable(net)
     return recipe, epochs
+
+
+def _check_batches(recipe: TrainRecipe, name: str, loader: Any) -> None:
+    """A rate that is meant for much larger batches lets the routers of a tree run off to one leaf."""
+    size = getattr(loader, "batch_size", None)
+    if recipe.optimizer != "sgd" or not isinstance(size, int):
+        return
+    size *= world_size()
+    if not recipe.batch_size / 2 < size < recipe.batch_size * 2:
+        logger.warning(
+            "recipe %r has a learning rate of %g for batches of %d, and these have %d: in proportion it would be %.3g, "
+            "recipe=as_recipe(%r).for_batches(%d)",
+            name,
+            recipe.lr,
+            recipe.batch_size,
+            size,
+            recipe.for_batches(size).lr,
+            name,
+            size,
+        )
 
 
 def _check_trainable(net: nn.Module) -> None:
